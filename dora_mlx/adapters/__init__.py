@@ -1,0 +1,1 @@
+"""Put adapters into a model, take them out again, and keep them in a folder."""

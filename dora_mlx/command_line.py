@@ -1,0 +1,107 @@
+"""Flags made from an options dataclass, and the frame every command runs in."""
+
+import argparse
+import dataclasses
+import errno
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from dora_mlx.config import TrainConfig, flag_of, plain_type
+from dora_mlx.errors import UserError
+
+# Exit codes: 0 done, 1 a failure that is not the person's doing, 2 something to fix, 130 Ctrl-C.
+USER_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help 100 columns wide that never breaks a flag at its dashes."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+def parser_for(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose help names the command the way it was started."""
+    # `dora-mlx train` and `python -m dora_mlx.train` are the same command under two names.
+    started_as_module = sys.argv[0].endswith(f"{verb}.py")
+    prog = f"python -m dora_mlx.{verb}" if started_as_module else f"dora-mlx {verb}"
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per option of ``TrainConfig``; a flag not given leaves no attribute behind."""
+    types = get_type_hints(TrainConfig)
+    basic = parser.add_argument_group("training")
+    advanced = parser.add_argument_group("training, in detail")
+    for option in dataclasses.fields(TrainConfig):
+        group = advanced if option.metadata["advanced"] else basic
+        hint = plain_type(types[option.name])
+        help_text = option.metadata["help"].replace("%", "%%")
+        if option.default not in (None, ()):
+            help_text += f" Default: {option.default}."
+        keywords: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
+        if hint is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif get_origin(hint) is Literal:
+            keywords["choices"] = get_args(hint)
+        elif get_origin(hint) is tuple:
+            keywords |= {"nargs": "+", "metavar": "NAME"}
+        else:
+            keywords |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+        group.add_argument(flag_of(option.name), **keywords)
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of the option flags that were given."""
+    names = {option.name for option in dataclasses.fields(TrainConfig)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def run_command(body: Callable[[], int]) -> int:
+    """Run a command's body and turn what a person can act on into one message and a code.
+
+    Returns:
+        The body's own code; 2 for a ``UserError``; 1 for a full disk or a file that cannot be
+        written; 130 for Ctrl-C. Any other exception is a bug and goes through.
+    """
+    try:
+        return body()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (such as `head`) has what it wanted; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in _FILE_PROBLEMS:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error:{where} {_FILE_PROBLEMS[error.errno]}", file=sys.stderr)
+        return FAILURE
+
+
+_FILE_PROBLEMS = {
+    errno.ENOSPC: "could not be written: the disk is full. Free some space and run it again.",
+    errno.EDQUOT: "could not be written: the disk quota is used up.",
+    errno.EROFS: "could not be written: the file system is read-only.",
+    errno.EACCES: "could not be opened: permission denied.",
+    errno.EPERM: "could not be written: not permitted.",
+}

@@ -1,0 +1,1 @@
+"""Operations on frozen weights: products and row norms, each beside its plain reference."""

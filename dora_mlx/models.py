@@ -1,0 +1,36 @@
+"""``dora-mlx models``: list the models known by a short name."""
+
+import sys
+
+from dora_mlx.command_line import parser_for, run_command
+
+DESCRIPTION = """\
+List the models that --model knows by a short name.
+
+Any folder with an MLX model and any Hub name (owner/name) of one work as well.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the list; returns the exit code."""
+    parser = parser_for("models", DESCRIPTION)
+    parser.parse_args(argv)
+    return run_command(_list)
+
+
+def _list() -> int:
+    from dora_mlx.registry import list_models
+
+    print(f"{'alias':<22} {'size':>6} {'download':>9} {'to train*':>9}  licence, Hub name")
+    for entry in list_models():
+        size = f"{entry.parameters / 1e9:.1f}B" if entry.parameters >= 1e8 else "4M"
+        print(
+            f"{entry.alias:<22} {size:>6} {entry.download_gb:>6.1f} GB "
+            f"{entry.train_memory_gb:>6.1f} GB  {entry.license}, {entry.hub or 'embedded'}"
+        )
+    print("\n* Estimated from the architecture, not measured; see models/registry.toml.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The run folder: the only hand-over between training and everything that comes after it.
+
+runs/NAME/
+  config.json            every option, versions, fingerprints of base model and data
+  events.jsonl           what happened, one JSON object a line
+  adapters.safetensors   the best adapter so far, with adapter_config.json; mlx-lm loads both
+  adapter_config.json
+  checkpoints/           all that is needed to go on
+  log.txt                what the terminal showed
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_mlx.atomic import write_text
+from dora_mlx.errors import UserError
+
+DEFAULT_RUNS_DIR = "runs"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and the rules for creating and locking it."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        """``config.json``."""
+        return self.path / "config.json"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """``checkpoints/``."""
+        return self.path / "checkpoints"
+
+    @property
+    def log_file(self) -> Path:
+        """``log.txt``."""
+        return self.path / "log.txt"
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Replace ``config.json``."""
+        write_text(self.config_file, json.dumps(config, indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """The content of ``config.json``.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        try:
+            config: dict[str, Any] = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is no run folder: it has no config.json.") from error
+        except ValueError as error:
+            raise UserError(f"{self.config_file} is damaged: {error}.") from error
+        return config
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the lock goes with the process, however it ends.
+
+        Raises:
+            UserError: If another process holds it.
+        """
+        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise UserError(
+                    f"The run {self.name} is being trained by process {file.read().strip()}. "
+                    "Stop that one first, or give this run another --run name."
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    @contextmanager
+    def creating(self, overwrite: bool) -> Iterator[None]:
+        """Make the folder; if the block fails, all is as it was before.
+
+        Raises:
+            UserError: If the run exists and ``overwrite`` is not set, or cannot be made here.
+        """
+        replaced = self.path.with_name(f".{self.name}.replaced")
+        if self.path.exists():
+            if not overwrite:
+                raise UserError(
+                    f"The run {self.path} exists already. Go on with it by --resume {self.name}, "
+                    "replace it by --overwrite, or choose another --run name."
+                )
+            with self.lock():
+                shutil.rmtree(replaced, ignore_errors=True)
+                self.path.rename(replaced)
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the run folder {self.path}: {error.strerror}. "
+                "Choose another place by --runs-dir."
+            ) from error
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(self.path)
+            if replaced.exists():
+                replaced.rename(self.path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def new_run(name: str | None, runs_dir: Path, fallback: str) -> RunFolder:
+    """The folder for a new run; without a name, ``fallback`` with the first free number.
+
+    Raises:
+        UserError: If ``name`` cannot be a folder's name.
+    """
+    if name is not None:
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"--run {name!r} cannot be used: a run's name has up to 100 letters, digits, dots, "
+                "dashes and underscores. Choose the folder it lies in by --runs-dir."
+            )
+        return RunFolder(runs_dir / name)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", fallback).strip("-._")[:80] or "run"
+    number = 1
+    while (path := runs_dir / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return RunFolder(path)
+
+
+def find_run(name: str, runs_dir: Path) -> RunFolder:
+    """The existing run called ``name``.
+
+    Raises:
+        UserError: If there is none; the message names those there are.
+    """
+    path = runs_dir / name
+    if (path / "config.json").is_file() and _NAME.fullmatch(name):
+        return RunFolder(path)
+    runs = sorted((p.parent for p in runs_dir.glob("*/config.json")), key=_age)
+    known = ", ".join(run.name for run in runs[:8])
+    there = f"The newest there are: {known}." if known else "There are none; train one first."
+    raise UserError(f"There is no run {name!r} in {runs_dir}. {there}")
+
+
+def _age(path: Path) -> float:
+    return -(path / "config.json").stat().st_mtime

@@ -1,0 +1,249 @@
+"""``python -m dora_mlx.train``: fine-tune a model on a chat file."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dora_mlx.command_line import (
+    INTERRUPTED,
+    add_option_flags,
+    given_options,
+    parser_for,
+    run_command,
+)
+from dora_mlx.config import TrainConfig, read_options
+from dora_mlx.errors import UserError
+from dora_mlx.run_folder import DEFAULT_RUNS_DIR, RunFolder, find_run, new_run
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+DESCRIPTION = """\
+Fine-tune a language model on your own chat file with DoRA.
+
+Without arguments it trains the embedded starter model on the sample data: about a minute.
+Steps are optimizer updates, lengths are tokens, memory is in GB (10^9 bytes).
+"""
+
+EXAMPLES = """\
+examples:
+  python -m dora_mlx.train
+  python -m dora_mlx.train --model mistral-7b-4bit --data chat.jsonl
+  python -m dora_mlx.train --model qwen3-4b-4bit --data chat.jsonl --rank 16 --steps 400
+  python -m dora_mlx.train --resume RUN
+
+A line of a chat file: {"messages": [{"role": "user", "content": "Hi"},
+                                     {"role": "assistant", "content": "Hello!"}]}
+Ctrl-C stops after the current step and keeps everything; --resume goes on from there.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and train; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _train(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_for("train", DESCRIPTION, EXAMPLES)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--run", metavar="NAME", help="Name of the run. Default: from model and data.")
+    run.add_argument(
+        "--runs-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path(DEFAULT_RUNS_DIR),
+        help="Folder that holds the runs. Default: runs.",
+    )
+    run.add_argument("--resume", metavar="NAME", help="Go on with a run that was stopped.")
+    run.add_argument(
+        "--overwrite", action="store_true", help="Replace the run if there is one of that name."
+    )
+    run.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="Read the options of a saved run (runs/NAME/config.json); flags overrule them.",
+    )
+    add_option_flags(parser)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config, folder = _what_to_train(arguments)
+    # Everything behind this line needs MLX, whose import takes seconds: help does without.
+    from dora_mlx.training.finetune import finetune
+
+    with _stopping() as stop, Display(folder) as display:
+        reason = finetune(
+            config,
+            folder,
+            resume=arguments.resume is not None,
+            overwrite=arguments.overwrite,
+            listener=display.show,
+            should_stop=lambda: stop.requested,
+        )
+    elsewhere = arguments.runs_dir != Path(DEFAULT_RUNS_DIR)
+    where = f" --runs-dir {arguments.runs_dir}" if elsewhere else ""
+    if reason == "stopped":
+        print(
+            f"Stopped; everything is kept. Go on with:\n"
+            f"  python -m dora_mlx.train --resume {folder.name}{where}"
+        )
+        return INTERRUPTED
+    print(
+        f"\nThe adapter is in {folder.path}. Try next:\n"
+        f"  python -m dora_mlx.chat --run {folder.name}{where}\n"
+        f'  python -m dora_mlx.chat --run {folder.name}{where} --compare --prompt "Hello!"\n'
+        f"  python -m dora_mlx.export --run {folder.name}{where} --format gguf"
+    )
+    return 0
+
+
+def _what_to_train(arguments: argparse.Namespace) -> tuple[TrainConfig, RunFolder]:
+    """Options and folder from flags, a saved configuration or the run to resume."""
+    given = given_options(arguments)
+    if arguments.resume is not None:
+        if given or arguments.run or arguments.config or arguments.overwrite:
+            raise UserError(
+                "--resume goes on with a run as it began, so it takes no other option than "
+                "--runs-dir."
+            )
+        folder = find_run(arguments.resume, arguments.runs_dir)
+        return TrainConfig.from_file(folder.config_file), folder
+    saved = {} if arguments.config is None else read_options(arguments.config)
+    config = TrainConfig.from_dict(saved | given, where=str(arguments.config or "options"))
+    config = replace(
+        config,
+        model=_absolute_if_there(config.model),
+        data=_absolute(config.data),
+        valid_data=_absolute(config.valid_data),
+    )
+    data = "pirate" if config.data is None else Path(config.data).stem
+    fallback = f"{Path(config.model).name}-{data}"
+    return config, new_run(arguments.run, arguments.runs_dir, fallback)
+
+
+def _absolute(path: str | None) -> str | None:
+    """A path that still holds when the run is resumed from another folder."""
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def _absolute_if_there(model: str) -> str:
+    return str(_absolute(model)) if Path(model).expanduser().is_dir() else model
+
+
+class _StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; the second one interrupts at once."""
+
+    requested = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nStopping after this step (again to stop at once) ...", file=sys.stderr)
+
+
+@contextmanager
+def _stopping() -> Iterator[_StopRequest]:
+    stop = _StopRequest()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Display:
+    """Reader of a run's events: a progress bar, and a line for what deserves one.
+
+    The lines also go to the run's ``log.txt``.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self._folder = folder
+        self._bar: tqdm[Any] | None = None
+        self._log: TextIO | None = None
+        self._loss: float | None = None
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._log is not None:
+            self._log.close()
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        kind = event["event"]
+        if kind == "start":
+            self._start(event)
+        elif kind == "step":
+            self._step(event)
+        line = describe(event)
+        if line and self._bar is not None and self._log is not None:
+            self._bar.write(line)
+            self._log.write(line + "\n")
+            self._log.flush()
+
+    def _start(self, event: dict[str, Any]) -> None:
+        from tqdm import tqdm
+
+        self._log = open(self._folder.log_file, "a", encoding="utf-8")  # noqa: SIM115
+        self._bar = tqdm(
+            total=event["steps"],
+            initial=event["resumed_from"] or 0,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]"
+            "{postfix}",
+        )
+
+    def _step(self, event: dict[str, Any]) -> None:
+        if self._bar is None:
+            return
+        loss = event["loss"]
+        # A running mean: the loss of one batch says little.
+        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        self._bar.set_postfix_str(
+            f"loss {self._loss:.3f}, {event['tokens_per_second']:.0f} tokens/s, "
+            f"{event['peak_memory_bytes'] / 1e9:.2f} GB",
+            refresh=False,
+        )
+        self._bar.update(event["step"] - self._bar.n)
+
+
+def describe(event: dict[str, Any]) -> str | None:
+    """One line about an event, or ``None`` for one that the bar shows well enough."""
+    kind = event["event"]
+    if kind == "start":
+        share = event["trainable_parameters"] / event["total_parameters"]
+        begin = "Resuming" if event["resumed_from"] is not None else "Training"
+        after = f" after step {event['resumed_from']}" if event["resumed_from"] is not None else ""
+        return (
+            f"{begin} {event['model']} with {event['method']} as run {event['run']}{after}: "
+            f"{event['train_examples']} examples ({event['trained_tokens']:,} trained tokens), "
+            f"{event['valid_examples']} to validate, {event['steps']} steps, "
+            f"{event['trainable_parameters']:,} trainable parameters ({share:.1%}), "
+            f"on the {event['device'].upper()}"
+        )
+    if kind == "validation":
+        return f"step {event['step']}: validation loss {event['loss']:.4f}"
+    if kind == "warning":
+        return f"warning: {event['message']}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training: loss, step, loop, checkpoints and events, and the whole story in ``finetune.py``."""

@@ -1,0 +1,99 @@
+"""Checkpoints: all that a run needs to go on as if nothing had happened.
+
+A checkpoint is one folder ``checkpoints/step_00000100`` with the trainable parameters, the
+optimizer's state and ``state.json``. It is written under a temporary name and renamed when it is
+complete and on the disk. Order of the data, dropout and learning rate are functions of the seed
+and the step, so the step number is all the state they have.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from dora_mlx.atomic import flush_to_disk
+
+KEPT = 2
+_PREFIX = "step_"
+_ARRAYS = "arrays.safetensors"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after ``step`` optimizer steps.
+
+    ``tokens`` counts the trained tokens so far; ``best_loss`` is the lowest validation loss
+    (``None`` before the first); ``skipped_in_a_row`` counts steps with a non-finite loss.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float | None = None
+    skipped_in_a_row: int = 0
+
+
+def save_checkpoint(folder: Path, arrays: dict[str, mx.array], progress: Progress) -> Path:
+    """Write a checkpoint into ``folder``, keep the newest ``KEPT`` and return the new one.
+
+    A step that already has its checkpoint keeps it: the state of a step never differs.
+    """
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{_PREFIX}{progress.step:08d}"
+    if target.exists():
+        return target
+    temporary = folder / f".{target.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        mx.save_safetensors(str(temporary / _ARRAYS), arrays)
+        state = {"progress": asdict(progress), "sha256": _digest(temporary / _ARRAYS)}
+        (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        for path in (temporary / _ARRAYS, temporary / _STATE, temporary):
+            flush_to_disk(path)
+        temporary.rename(target)
+        flush_to_disk(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _newest_first(folder)[KEPT:]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_newest_checkpoint(
+    folder: Path,
+) -> tuple[dict[str, mx.array], Progress, list[Path]] | None:
+    """Arrays and progress of the newest intact checkpoint, and the damaged ones passed over.
+
+    Damaged checkpoints are deleted, so that the run can write theirs again. ``None`` if there is
+    no intact checkpoint in ``folder``.
+    """
+    damaged: list[Path] = []
+    for path in _newest_first(folder):
+        try:
+            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            if state["sha256"] == _digest(path / _ARRAYS):
+                arrays = cast(dict[str, mx.array], mx.load(str(path / _ARRAYS)))
+                return arrays, Progress(**state["progress"]), damaged
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        shutil.rmtree(path)
+        damaged.append(path)
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    # hashlib.file_digest needs Python 3.11.
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,214 @@
+"""The training loop: optimizer steps from a stream of batches, written down as events."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from dora_mlx.adapters.adapter_folder import save_adapter
+from dora_mlx.adapters.attach import AdapterSpec
+from dora_mlx.config import TrainConfig
+from dora_mlx.data.batches import Batch, BatchStream
+from dora_mlx.errors import UserError
+from dora_mlx.layers.dora import hoisted_norms
+from dora_mlx.training.checkpoints import Progress, save_checkpoint
+from dora_mlx.training.events import EventLog
+from dora_mlx.training.loss import loss_sum
+from dora_mlx.training.schedule import learning_rate_at
+
+# A run that meets this many steps in a row without a finite loss will not recover.
+SKIPS_BEFORE_GIVING_UP = 5
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs between two steps.
+
+    Attributes:
+        model: The model with its adapters attached.
+        spec: What was attached.
+        config: The options; ``steps`` and ``learning_rate`` are set.
+        batches: Where training batches come from.
+        validation: Batches to validate on; may be empty.
+        folder: The run folder.
+        log: Where events go.
+        progress: Where the run stands.
+    """
+
+    model: nn.Module
+    spec: AdapterSpec
+    config: TrainConfig
+    batches: BatchStream
+    validation: list[Batch]
+    folder: Path
+    log: EventLog
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.optimizer = optim.Adam(learning_rate=self._peak, bias_correction=True)
+        self.optimizer.init(self.model.trainable_parameters())
+        self._loss_and_gradients = nn.value_and_grad(self.model, loss_sum)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.config.steps is None:
+            raise ValueError("the number of steps is resolved before training")
+        return self.config.steps
+
+    @property
+    def _peak(self) -> float:
+        if self.config.learning_rate is None:
+            raise ValueError("the learning rate is resolved before training")
+        return self.config.learning_rate
+
+    def run(self, should_stop: Callable[[], bool]) -> str:
+        """Train to the end or until ``should_stop``; returns ``completed`` or ``stopped``.
+
+        The last state is in a checkpoint either way.
+
+        Raises:
+            UserError: After several steps in a row without a finite loss.
+        """
+        if self.progress.step == 0:
+            self._validate()
+        while self.progress.step < self.steps:
+            if should_stop():
+                return self._finish("stopped")
+            self._step()
+            step = self.progress.step
+            if step % self.config.steps_per_eval == 0 or step == self.steps:
+                self._validate()
+            if step % self.config.steps_per_save == 0:
+                self._checkpoint()
+        return self._finish("completed")
+
+    def state_arrays(self) -> dict[str, mx.array]:
+        """Trainable parameters and optimizer state, by name."""
+        trees = {"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        return cast(dict[str, mx.array], tree_flatten(trees, destination={}))
+
+    def restore(self, arrays: dict[str, mx.array], progress: Progress) -> None:
+        """Go back to what ``state_arrays`` returned at ``progress``.
+
+        Raises:
+            UserError: If the arrays are of another model or other options.
+        """
+        now = self.state_arrays()
+        if {k: v.shape for k, v in now.items()} != {k: v.shape for k, v in arrays.items()}:
+            raise UserError(
+                f"The checkpoint in {self.folder} is of another model or other options. "
+                "Start a new run instead."
+            )
+        trees = tree_unflatten(list(arrays.items()))
+        self.model.update(trees["model"])
+        self.optimizer.state = trees["optimizer"]
+        self.progress = progress
+
+    def _step(self) -> None:
+        """One optimizer step over ``grad_accumulation_steps`` batches."""
+        step = self.progress.step + 1
+        started = time.perf_counter()
+        # Seeded by the step, the dropout of a resumed run needs no saved state.
+        mx.random.seed(self.config.seed * 1_000_003 + step)
+        self.model.train()
+        loss, gradients, tokens = self._accumulate(step)
+        gradients, norm = optim.clip_grad_norm(gradients, self.config.max_grad_norm)
+        mx.eval(loss, norm, gradients)
+        rate = learning_rate_at(
+            step, self.steps, self._peak, self.config.warmup_steps, self.config.schedule
+        )
+        if mx.isfinite(norm).item():
+            self.optimizer.learning_rate = mx.array(rate)
+            self.optimizer.update(self.model, gradients)
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+            skipped = 0
+        else:
+            skipped = self._skip(step)
+        self.progress = replace(
+            self.progress,
+            step=step,
+            tokens=self.progress.tokens + tokens,
+            skipped_in_a_row=skipped,
+        )
+        self.log.write(
+            "step",
+            step=step,
+            loss=loss.item(),
+            learning_rate=rate,
+            tokens=self.progress.tokens,
+            tokens_per_second=tokens / (time.perf_counter() - started),
+            peak_memory_bytes=mx.get_peak_memory(),
+            grad_norm=norm.item(),
+        )
+
+    def _accumulate(self, step: int) -> tuple[mx.array, Any, int]:
+        """Mean loss over the trained tokens of a global batch, its gradients, and their number."""
+        count = self.config.grad_accumulation_steps
+        micro_batches = [self.batches.batch((step - 1) * count + i) for i in range(count)]
+        tokens = sum(batch.trained_tokens for batch in micro_batches)
+        loss = mx.array(0.0)
+        total: Any = None
+        # The norms depend on parameters that do not change before the update below.
+        with hoisted_norms(self.model):
+            for batch in micro_batches:
+                part, gradients = self._loss_and_gradients(self.model, *_arrays(batch))
+                loss = loss + part
+                total = gradients if total is None else tree_map(mx.add, total, gradients)
+                mx.eval(loss, total)
+        return loss / tokens, tree_map(partial(mx.multiply, 1 / tokens), total), tokens
+
+    def _skip(self, step: int) -> int:
+        """Record a step without a finite gradient; returns how many there were in a row."""
+        skipped = self.progress.skipped_in_a_row + 1
+        self.log.write(
+            "warning",
+            step=step,
+            message=f"step {step}: loss or gradient is not finite; the update is skipped",
+        )
+        if skipped >= SKIPS_BEFORE_GIVING_UP:
+            raise UserError(
+                f"Stopped at step {step}: {skipped} steps in a row without a finite loss. "
+                "Lower --learning-rate (a tenth is a good next try) and start again; the best "
+                "adapter so far is kept."
+            )
+        return skipped
+
+    def _validate(self) -> None:
+        """Loss on the validation set; the best adapter so far goes to the run folder."""
+        if not self.validation:
+            return
+        self.model.eval()
+        loss, tokens = 0.0, 0
+        with hoisted_norms(self.model):
+            for batch in self.validation:
+                loss += cast(float, loss_sum(self.model, *_arrays(batch)).item())
+                tokens += batch.trained_tokens
+        mean, best = loss / tokens, self.progress.best_loss
+        self.log.write("validation", step=self.progress.step, loss=mean)
+        # Before the first step it is the base model that was measured.
+        if self.progress.step > 0 and (best is None or mean < best):
+            self.progress = replace(self.progress, best_loss=mean)
+            save_adapter(self.folder, self.model, self.spec)
+
+    def _finish(self, reason: str) -> str:
+        self._checkpoint()
+        if self.progress.best_loss is None:
+            # Never validated, so the last adapter is the best one known.
+            save_adapter(self.folder, self.model, self.spec)
+        return reason
+
+    def _checkpoint(self) -> None:
+        path = save_checkpoint(self.folder / "checkpoints", self.state_arrays(), self.progress)
+        self.log.write("checkpoint", step=self.progress.step, path=str(path))
+
+
+def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)
