@@ -1,3 +1,42 @@
-"""Fixtures: importing dora_mlx first gives MLX a fast BLAS in every test process."""
+"""Fixtures shared by the tests: small real models, never mocks."""
 
-import dora_mlx  # noqa: F401
+import json
+from pathlib import Path
+
+# Importing dora_mlx first gives MLX a fast BLAS in every test process.
+import dora_mlx  # isort: skip  # noqa: F401
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from dora_mlx.loading import LoadedModel, load_base
+from dora_mlx.registry import models_dir
+
+
+@pytest.fixture(scope="session")
+def starter_path() -> Path:
+    return models_dir() / "starter"
+
+
+@pytest.fixture
+def starter(starter_path: Path) -> LoadedModel:
+    return load_base(starter_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(starter_path: Path) -> TokenizerWrapper:
+    return load_base(starter_path).tokenizer
+
+
+@pytest.fixture
+def chat_file(tmp_path: Path) -> Path:
+    """Forty short conversations, one of two turns."""
+    path = tmp_path / "chat.jsonl"
+    with open(path, "w") as file:
+        for number in range(40):
+            messages = [
+                {"role": "user", "content": f"What is {number} plus 1?"},
+                {"role": "assistant", "content": f"Arr! It be {number + 1}."},
+            ]
+            messages *= 2 if number % 8 == 0 else 1
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path

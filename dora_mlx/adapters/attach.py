@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import is_quantized, weight_rows, weight_shape
+from dora_mlx.kernels.frozen_product import weight_dtype, weight_rows, weight_shape
 from dora_mlx.layers.dora import DoRALinear
 from dora_mlx.layers.lora import LoRALinear, LowRankLinear
 
@@ -131,11 +131,9 @@ def _dequantize(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             continue
-        if not is_quantized(module):
-            continue
         out, width = weight_shape(module)
         layer = _empty_twin(module, out, width)
-        layer.weight = weight_rows(module, 0, out, module.scales.dtype)
+        layer.weight = weight_rows(module, 0, out, weight_dtype(module))
         dense.append((path, layer))
     model.update_modules(tree_unflatten(dense))
     mx.eval(model.parameters())

@@ -35,6 +35,15 @@ def weight_shape(base: nn.Module) -> tuple[int, int]:
     return out, width
 
 
+def weight_dtype(base: nn.Module) -> mx.Dtype:
+    """The floating type that W has, or would have dequantized."""
+    source = base["scales"] if is_quantized(base) else base["weight"]
+    if mx.issubdtype(source.dtype, mx.floating):
+        return source.dtype
+    # The scales of mxfp4, mxfp8 and nvfp4 are bytes and say nothing of the activations.
+    return mx.float32 if _on_cpu() else mx.bfloat16
+
+
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters of ``model``; a packed weight counts its values, not its words."""
     total = 0
@@ -99,7 +108,11 @@ def frozen_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
 
 
 def _in_blocks(x: mx.array) -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu and x.size > FEW_ROWS * x.shape[-1]
+    return _on_cpu() and x.size > FEW_ROWS * x.shape[-1]
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.array:

@@ -39,15 +39,15 @@ def dora_product(
         scale: s.
         base: The frozen layer that holds W.
 
-    Differentiable in the first four. The gain m / norm is applied in float32, so a magnitude
-    change of 0.1 % moves a bfloat16 output. The backward keeps x, ``low_rank`` and the output and
+    Differentiable in the first four. The low-rank product, its sum with the base product and the
+    gain m / norm are float32 and only y is rounded, so a magnitude change of 0.1 % moves a
+    bfloat16 output; rounded before the gain, it would round back to where it was. The backward keeps x, ``low_rank`` and the output and
     nothing of the size of W: the output is linear in m, hence dL/dm_j = sum_t d_tj y_tj / m_j.
     """
 
     @mx.custom_function
     def product(x: mx.array, low_rank: mx.array, lora_b: mx.array, magnitude: mx.array) -> mx.array:
-        update = (scale * lora_b).astype(x.dtype)
-        direction = mx.addmm(frozen_product(x, base), low_rank, update)
+        direction = frozen_product(x, base) + low_rank.astype(mx.float32) @ (scale * lora_b)
         return ((magnitude / norm) * direction).astype(x.dtype)
 
     @product.vjp

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from dora_mlx.kernels.frozen_product import (
     is_quantized,
     row_blocks,
+    weight_dtype,
     weight_rows,
     weight_shape,
 )
@@ -87,8 +88,7 @@ class LowRankLinear(nn.Module):
         out, width = weight_shape(base)
         fused = nn.Linear(width, out, bias=False)
         quantized = is_quantized(base)
-        dtype = (base.scales if quantized else base.weight).dtype
-        fused.weight = self.merged_weight().astype(dtype)
+        fused.weight = self.merged_weight().astype(weight_dtype(base))
         if "bias" in base:
             fused.bias = base.bias
         if quantized and not dequantize:
