@@ -1,7 +1,6 @@
 """``python -m dora_mlx.export``: write a trained model with the adapter merged into its weights."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,30 +82,40 @@ def export_run(
     from dora_mlx.exporting.gguf.write import check_gguf_base, write_gguf
     from dora_mlx.exporting.merge import MergedWeights
     from dora_mlx.exporting.safetensors import check_safetensors_base, write_safetensors
-    from dora_mlx.exporting.verify import VerificationError, verify_gguf, verify_safetensors
+    from dora_mlx.exporting.verify import verify_gguf, verify_safetensors
     from dora_mlx.registry import resolve
 
     quant = _quant_for(output_format, quant)
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists already. Replace it by --overwrite, or name another.")
     base_dir = resolve(folder.read_config()["options"]["model"])
-    check = check_gguf_base if output_format == "gguf" else check_safetensors_base
-    check(base_dir)
+    refuse = check_gguf_base if output_format == "gguf" else check_safetensors_base
+    refuse(base_dir)
     base = load_run(folder).base
     weights = MergedWeights(base.model)
-    try:
-        if output_format == "gguf":
-            write_gguf(weights, base_dir, output, quant, progress, overwrite=overwrite)
-            logits = verify_gguf(output, base.model, base_dir, quant, _probe(base)).logits
-        else:
-            dtype = _SAFETENSORS_DTYPES[quant]
-            write_safetensors(weights, base_dir, output, dtype, progress, overwrite=overwrite)
-            logits = verify_safetensors(output, base.model, _probe(base))
-    except VerificationError:
-        # An export that is not the model must not look finished.
-        shutil.rmtree(output) if output.is_dir() else output.unlink()
-        raise
-    return Exported(output, _size(output), logits)
+    reports: list[LogitReport | None] = []
+
+    def check_gguf(file: Path) -> None:
+        reports.append(verify_gguf(file, base.model, base_dir, quant, _probe(base)).logits)
+
+    def check_safetensors(written: Path) -> None:
+        reports.append(verify_safetensors(written, base.model, _probe(base)))
+
+    if output_format == "gguf":
+        write_gguf(
+            weights, base_dir, output, quant, progress, overwrite=overwrite, check=check_gguf
+        )
+    else:
+        write_safetensors(
+            weights,
+            base_dir,
+            output,
+            _SAFETENSORS_DTYPES[quant],
+            progress,
+            overwrite=overwrite,
+            check=check_safetensors,
+        )
+    return Exported(output, _size(output), reports[0])
 
 
 def main(argv: list[str] | None = None) -> int:

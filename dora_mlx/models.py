@@ -23,12 +23,13 @@ def _list() -> int:
 
     print(f"{'alias':<22} {'size':>6} {'download':>9} {'to train*':>9}  licence, Hub name")
     for entry in list_models():
-        size = f"{entry.parameters / 1e9:.1f}B" if entry.parameters >= 1e8 else "4M"
+        millions = entry.parameters / 1e6
+        size = f"{millions / 1000:.1f}B" if millions >= 100 else f"{millions:.0f}M"
         print(
             f"{entry.alias:<22} {size:>6} {entry.download_gb:>6.1f} GB "
             f"{entry.train_memory_gb:>6.1f} GB  {entry.license}, {entry.hub or 'embedded'}"
         )
-    print("\n* Estimated from the architecture, not measured; see models/registry.toml.")
+    print("\n* Estimated for 4 examples of 512 tokens, not measured; see models/registry.toml.")
     return 0
 
 

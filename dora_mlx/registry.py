@@ -8,6 +8,7 @@ import difflib
 import errno
 import functools
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -182,9 +183,10 @@ def resolve(name: str) -> Path:
     entry = next((entry for entry in list_models() if entry.alias == name.lower()), None)
     if entry is not None:
         return _from_hub(entry.hub) if entry.hub else _checked(models_dir() / entry.alias)
-    path = Path(name).expanduser()
-    if path.exists():
-        return _checked(path)
+    # os.path, because pathlib raises for an unknown ~user and for names too long to exist.
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return _checked(Path(path))
     if _HUB_NAME.fullmatch(name):
         return _from_hub(name)
     if _looks_like_path(name):

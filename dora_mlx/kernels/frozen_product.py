@@ -60,11 +60,14 @@ def weight_rows(base: nn.Module, start: int, stop: int, dtype: mx.Dtype) -> mx.a
     """Rows ``start`` to ``stop`` of W, dequantized: ``[stop - start, in]`` of ``dtype``."""
     if not is_quantized(base):
         return base["weight"][start:stop].astype(dtype)
-    biases = base.get("biases")
+    scales, biases = base["scales"][start:stop], base.get("biases")
+    if mx.issubdtype(scales.dtype, mx.floating):
+        # In the type asked for: 16-bit scales would round every value of the row to 16 bits.
+        scales = scales.astype(dtype)
     rows = mx.dequantize(
         base["weight"][start:stop],
-        base["scales"][start:stop],
-        None if biases is None else biases[start:stop],
+        scales,
+        None if biases is None else biases[start:stop].astype(dtype),
         group_size=base.group_size,
         bits=base.bits,
         mode=base.mode,

@@ -1,0 +1,261 @@
+"""Load what was exported in the program it is for, and compare it with the model it came from.
+
+A failed comparison raises ``VerificationError``, not ``UserError``: the file was written from the
+weights the model has, so a difference is a bug, of the exporter or of the program that loaded it,
+and not something that a person can fix by choosing otherwise.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.utils import load_model
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+import dora_mlx
+from dora_mlx.exporting.checkpoint import read_json
+from dora_mlx.exporting.gguf.architectures import rope_frequency_factors
+from dora_mlx.exporting.gguf.write import DTYPES, ROPE_FACTORS, plan_file, tensor_types
+from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.exporting.precision import encode
+
+# Root mean square of the logit difference over the spread of the logits. Rounding stays an order
+# of magnitude below; one wrong tensor, permutation or frequency is an order of magnitude above.
+LIMITS = {mx.float32: 1e-3, mx.float16: 2e-2, mx.bfloat16: 1e-1}
+
+# Contractions, runs of digits and spaces, line ends, scripts, joined emoji, special tokens.
+PROBES = (
+    "Hello, world! It's 2024-05-17, 12:34:56.789 -- you'll SEE they'VE done it",
+    "  two  spaces\tand\ttabs \n\n\n new lines \r\n and trailing   ",
+    "naïve café Ünïcödé Ωmega Привет мир 你好世界 こんにちは 한국어 עברית العربية हिन्दी ไทย",
+    "👩‍👩‍👧‍👦 🤷🏽‍♀️ e\u0301 \u00a0\u2003\u3000 ﬁ ½ ² Ⅷ ١٢٣ \U0001d7d8\U0001d7d9 \u200b\ufeff",
+    "def f(x):\n    return {'a': [1, 22, 333], \"b\": x**2 != 3.14e-10}  # done\n",
+    "https://example.org/a_b?c=1&d=%20#x !!!??? ... ''' \"\"\" ``` <|>|< 's 'S 't'T",
+    "0 00 000 1234567890 1,000,000 3rd 4x4 a1b2c3 v1.2.3",
+)
+
+
+class VerificationError(RuntimeError):
+    """An exported file is not the model that was exported."""
+
+
+@dataclass(frozen=True)
+class LogitReport:
+    """How two models' logits differ, over every position of the same tokens.
+
+    ``relative_rms`` is the root mean square of the difference over the standard deviation of the
+    reference, ``top1_agreement`` the share of positions with the same most likely token, and
+    ``kl`` the mean divergence of the other distribution from the reference, in nats.
+    """
+
+    max_abs_logit_difference: float
+    relative_rms: float
+    top1_agreement: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """What was compared: every tensor, and the logits unless llama.cpp is not installed."""
+
+    tensors: int
+    logits: LogitReport | None
+
+
+def verify_safetensors(folder: Path, model: nn.Module, token_ids: mx.array) -> LogitReport:
+    """Compare every tensor in ``folder`` with ``model``, and its logits when mlx-lm loads it.
+
+    Args:
+        folder: What ``write_safetensors`` wrote.
+        model: The adapted model that was exported.
+        token_ids: ``[B, L]``; a few dozen tokens a row show a wrong rotary frequency.
+
+    Raises:
+        VerificationError: When a tensor is not the merged weight at the folder's precision, or
+            the logits differ by more than that precision explains.
+    """
+    _check_folder(folder, MergedWeights(model))
+    reference, dtype = _reference_logits(model, token_ids)
+    reloaded, config = load_model(folder, lazy=True)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        # Half precision products are slow on a CPU, and add their own rounding.
+        reloaded.set_dtype(mx.float32)
+    logits, computed_in = _reference_logits(reloaded, token_ids)
+    report = compare_logits(reference, logits)
+    _check(report, [dtype, computed_in, getattr(mx, config["torch_dtype"])], folder)
+    return report
+
+
+def verify_gguf(
+    file: Path, model: nn.Module, base_dir: Path, dtype: str, token_ids: mx.array
+) -> GgufReport:
+    """Compare every tensor of ``file`` with ``model``, and its logits and tokens in llama.cpp.
+
+    Args:
+        file: What ``write_gguf`` wrote.
+        model: The adapted model that was exported.
+        base_dir: Folder of the base model.
+        dtype: What ``file`` was written as: ``f16``, ``bf16`` or ``f32``.
+        token_ids: ``[B, L]``.
+
+    Raises:
+        VerificationError: When a tensor, a logit or the tokenization is not what it has to be.
+    """
+    count = _check_tensors(file, MergedWeights(model), base_dir, dtype)
+    if not llama_cpp_is_installed():
+        return GgufReport(count, None)
+    reference, computed_in = _reference_logits(model, token_ids)
+    logits, tokens = run_llama_cpp(file, token_ids, PROBES)
+    report = compare_logits(reference, logits)
+    _check(report, [computed_in, DTYPES[dtype][0]], file)
+    _check_tokens(tokens, base_dir, file)
+    return GgufReport(count, report)
+
+
+def llama_cpp_is_installed() -> bool:
+    """Whether the ``gguf-verify`` extra is there."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def run_llama_cpp(
+    file: Path, token_ids: mx.array, texts: Sequence[str]
+) -> tuple[NDArray[np.float32], dict[str, list[list[int]]]]:
+    """Logits ``[B, L, vocab]`` and token ids of ``texts`` from llama.cpp, in a child process.
+
+    Raises:
+        VerificationError: When llama.cpp does not load the file, with what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.run(
+            [sys.executable, "-m", "dora_mlx.exporting.llama_cpp_check", str(file), folder],
+            input=json.dumps({"token_ids": token_ids.tolist(), "texts": list(texts)}),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": _python_path()},
+        )
+        if child.returncode != 0:
+            said = child.stderr[-2000:]
+            raise VerificationError(f"llama.cpp cannot use {file} ({child.returncode}):\n{said}")
+        tokens = json.loads((Path(folder) / "tokens.json").read_text())
+        return np.load(Path(folder) / "logits.npy"), tokens
+
+
+def compare_logits(reference: NDArray[np.float32], other: NDArray[np.float32]) -> LogitReport:
+    """The difference of two arrays of logits ``[B, L, vocab]``.
+
+    Raises:
+        VerificationError: When a logit is not finite or the shapes differ.
+    """
+    if reference.shape != other.shape:
+        raise VerificationError(f"logits are {other.shape} where {reference.shape} are expected")
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise VerificationError("a logit is NaN or infinite")
+    difference = b - a
+    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    return LogitReport(
+        max_abs_logit_difference=float(np.abs(difference).max()),
+        relative_rms=float(np.sqrt(np.square(difference).mean()) / a.std()),
+        top1_agreement=float((a.argmax(-1) == b.argmax(-1)).mean()),
+        kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+    )
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _reference_logits(
+    model: nn.Module, token_ids: mx.array
+) -> tuple[NDArray[np.float32], mx.Dtype]:
+    # Dropout would be a difference; the caller's mode is put back.
+    training = model.training
+    model.eval()
+    try:
+        logits = model(token_ids)
+        return np.array(logits.astype(mx.float32)), logits.dtype
+    finally:
+        model.train(training)
+
+
+def _check(report: LogitReport, dtypes: list[mx.Dtype], place: Path) -> None:
+    limit = max(LIMITS[dtype] for dtype in dtypes)
+    if not report.relative_rms <= limit:
+        raise VerificationError(
+            f"{place} computes something else than the model it was exported from: "
+            f"{report}, and relative_rms may be {limit}"
+        )
+
+
+def _check_folder(folder: Path, weights: MergedWeights) -> None:
+    dtype = getattr(mx, read_json(folder / "config.json")["torch_dtype"])
+    # Nothing is read before it is compared.
+    found: dict[str, mx.array] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        found.update(mx.load(str(file)))  # type: ignore[arg-type]
+    names = set(found)
+    if names != set(weights):
+        raise VerificationError(f"{folder} lacks or adds tensors: {sorted(names ^ set(weights))}")
+    for name in weights:
+        tensor = found.pop(name)
+        if tensor.dtype != dtype or not mx.array_equal(tensor, weights[name].astype(dtype)).item():
+            raise VerificationError(f"{name} in {folder} does not hold the merged weights")
+
+
+def _check_tensors(file: Path, weights: MergedWeights, base_dir: Path, dtype: str) -> int:
+    """Compare every tensor bit for bit; returns how many there are."""
+    _, numbers, plans = plan_file(base_dir, weights.shapes())
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    factors = rope_frequency_factors(numbers)
+    expected = {plan.name for plan in plans} | ({ROPE_FACTORS} if factors is not None else set())
+    if set(found) != expected:
+        raise VerificationError(f"{file} lacks or adds tensors: {sorted(set(found) ^ expected)}")
+    if factors is not None:
+        _check_bytes(found[ROPE_FACTORS], factors, factors.shape)
+    for plan in plans:
+        value_type, tensor_type = tensor_types(plan, dtype)
+        tensor = found[plan.name]
+        if tensor.tensor_type != tensor_type:
+            raise VerificationError(f"{plan.name} is {tensor.tensor_type.name} in {file}")
+        data = encode(plan.arrange(weights[plan.source]), value_type, plan.source)
+        _check_bytes(tensor, data, plan.shape)
+    return len(found)
+
+
+def _check_bytes(tensor: Any, data: NDArray[Any], shape: tuple[int, ...]) -> None:
+    # GGUF lists dimensions from the fastest to the slowest.
+    if tuple(reversed(tensor.shape.tolist())) != tuple(shape):
+        raise VerificationError(f"{tensor.name} has shape {tensor.shape}, not {shape} reversed")
+    if not np.array_equal(tensor.data.reshape(-1).view(np.uint8), data.reshape(-1).view(np.uint8)):
+        raise VerificationError(f"{tensor.name} does not hold the merged weights")
+
+
+def _check_tokens(tokens: dict[str, list[list[int]]], base_dir: Path, file: Path) -> None:
+    read_json(base_dir / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(base_dir / "tokenizer.json"))
+    for key, added in (("plain", False), ("with_special", True)):
+        for text, ids in zip(PROBES, tokens[key], strict=True):
+            wanted = tokenizer.encode(text, add_special_tokens=added).ids
+            if ids != wanted:
+                raise VerificationError(
+                    f"llama.cpp tokenizes {text!r} with {file} as {ids}, and it is {wanted}"
+                )
+
+
+def _python_path() -> str:
+    package = str(Path(dora_mlx.__file__).parents[1])
+    return os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])

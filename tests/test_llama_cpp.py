@@ -1,0 +1,212 @@
+"""GGUF files in the real llama.cpp: the same logits and the same tokens, and mistakes noticed."""
+
+import random
+
+import pytest
+from exporting_models import (
+    LLAMA3_SCALING,
+    STARTER,
+    adapt,
+    change_json,
+    make_base,
+    quantize,
+    some_tokens,
+)
+from gguf import GGUFReader
+from mlx_lm.utils import load_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from dora_mlx.exporting import verify
+from dora_mlx.exporting.gguf import vocabulary, write_gguf
+from dora_mlx.exporting.gguf.pretokenizer import _LLAMA3
+from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.exporting.verify import (
+    PROBES,
+    VerificationError,
+    llama_cpp_is_installed,
+    run_llama_cpp,
+    verify_gguf,
+)
+
+pytestmark = [
+    pytest.mark.llama_cpp,
+    pytest.mark.skipif(
+        not llama_cpp_is_installed(), reason="no llama_cpp; .ci/llama-cpp-wheel builds it"
+    ),
+]
+
+
+SHAPES = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "head_dim": {"head_dim": 32},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {"rope_scaling": LLAMA3_SCALING},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_llama_cpp_computes_the_same(tmp_path, shape):
+    model = adapt(quantize(make_base(tmp_path / "base", **SHAPES[shape])))
+    for dtype, limit in (("f32", 1e-5), ("f16", 5e-3)):
+        file = tmp_path / f"{dtype}.gguf"
+        write_gguf(MergedWeights(model), tmp_path / "base", file, dtype)
+        report = verify_gguf(file, model, tmp_path / "base", dtype, some_tokens())
+        assert report.logits.relative_rms < limit
+        assert report.logits.top1_agreement > 0.95
+        assert report.logits.kl < limit
+
+
+def test_llama_cpp_computes_the_same_for_the_starter(tmp_path):
+    model, _ = load_model(STARTER)
+    adapt(model)
+    write_gguf(MergedWeights(model), STARTER, tmp_path / "m.gguf")
+    report = verify_gguf(tmp_path / "m.gguf", model, STARTER, "f16", some_tokens())
+    assert report.logits.relative_rms < 3e-3
+    assert report.logits.top1_agreement > 0.95
+
+
+@pytest.mark.parametrize("mistake", ["permutation", "rope base", "rope factors"])
+def test_verification_notices_a_wrong_model(tmp_path, monkeypatch, mistake):
+    """The comparison has to fail for the mistakes that load without a word."""
+    model = make_base(tmp_path / "base", rope_scaling=LLAMA3_SCALING)
+    arch = "dora_mlx.exporting.gguf.architectures."
+    if mistake == "permutation":
+        monkeypatch.setattr(arch + "permute_heads", lambda tensor, heads: tensor)
+    elif mistake == "rope base":
+        change_json(tmp_path / "base" / "config.json", rope_theta=10000.0)
+    else:
+        monkeypatch.setattr(
+            "dora_mlx.exporting.gguf.write.rope_frequency_factors", lambda numbers: None
+        )
+        monkeypatch.setattr(verify, "rope_frequency_factors", lambda numbers: None)
+    write_gguf(MergedWeights(model), tmp_path / "base", tmp_path / "m.gguf")
+    with pytest.raises(VerificationError, match="computes something else"):
+        verify_gguf(tmp_path / "m.gguf", model, tmp_path / "base", "f16", some_tokens())
+
+
+def crossing_tokenizer(folder, pre_tokenizer, ignore_merges=False):
+    """A vocabulary whose merges cross every boundary, so that only the splitter keeps them apart.
+
+    A vocabulary trained behind its own splitter has no such merges and hides a wrong one.
+    """
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2040,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(nasty_texts(300, seed=1), trainer)
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    change_json(folder / "tokenizer.json", pre_tokenizer=pre_tokenizer)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    return folder
+
+
+WORDS = (
+    "a b the Don't you'LL it's 'S 're ' '' x1 12 123 1234 3.14 ½ ² Ⅷ ٣ \n \n\n \r\n \t"
+    " . , ... !? -- /* */ _ __init__ <| |> ( ) {} é Ünï мир 你好 한 हि ไทย 👩\u200d👩\u200d👧 🤷🏽"
+    " e\u0301 ﬁ"
+)
+
+
+def nasty_texts(count, seed):
+    pieces = WORDS.split(" ")
+    pieces += [
+        " ",
+        "  ",
+        "   ",
+        "\n\n\n",
+        "\t\t",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "\ufeff",
+        "\x00\x1f",
+    ]
+    draw = random.Random(seed)
+    return ["".join(draw.choices(pieces, k=draw.randint(1, 25))) for _ in range(count)]
+
+
+def byte_level(use_regex):
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False}
+SPLITTERS = {
+    "gpt-2": (byte_level(True), False),
+    "smollm": (sequence(DIGITS, byte_level(True)), False),
+    "llama-bpe": (sequence(SPLIT, byte_level(False)), True),
+}
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_llama_cpp_tokenizes_the_same(tmp_path, name):
+    folder = crossing_tokenizer(tmp_path / "tokenizer", *SPLITTERS[name])
+    model = make_base(tmp_path / "base", tokenizer=folder)
+    write_gguf(MergedWeights(model), tmp_path / "base", tmp_path / "m.gguf")
+    texts = [*PROBES, *nasty_texts(500, seed=2), "<|im_start|>user\nhi 12<|im_end|>\n", ""]
+    _, tokens = run_llama_cpp(tmp_path / "m.gguf", some_tokens(1, 8), texts)
+    assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == name
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    wrong = [
+        text
+        for text, ids in zip(texts, tokens["plain"], strict=True)
+        if ids != tokenizer.encode(text, add_special_tokens=False).ids
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+def test_verification_notices_a_wrong_pretokenizer(tmp_path, monkeypatch, name):
+    folder = crossing_tokenizer(tmp_path / "tokenizer", *SPLITTERS[name])
+    model = make_base(tmp_path / "base", tokenizer=folder)
+    for other in {*SPLITTERS, "qwen2"} - {name}:
+        monkeypatch.setattr(vocabulary, "find_pretokenizer", lambda *a, other=other: other)
+        file = tmp_path / f"{other}.gguf"
+        write_gguf(MergedWeights(model), tmp_path / "base", file)
+        with pytest.raises(VerificationError, match=r"llama.cpp tokenizes"):
+            verify_gguf(file, model, tmp_path / "base", "f16", some_tokens())
+
+
+def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):
+    make = tmp_path / "base"
+    model = make_base(make)
+    sequence, special = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"id": "<|im_start|>", "type_id": 0},
+    )
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": special}, sequence],
+        "pair": [{"SpecialToken": special}, sequence],
+        "special_tokens": {
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+        },
+    }
+    change_json(make / "tokenizer.json", post_processor=template)
+    write_gguf(MergedWeights(model), make, tmp_path / "m.gguf")
+    assert verify_gguf(tmp_path / "m.gguf", model, make, "f16", some_tokens()).logits
+    _, tokens = run_llama_cpp(tmp_path / "m.gguf", some_tokens(1, 8), ["hi"])
+    assert tokens["with_special"][0] == [1, *tokens["plain"][0]]
+
+
+def test_a_file_that_llama_cpp_refuses_is_reported_with_its_reason(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(VerificationError, match=r"cannot use .*m\.gguf"):
+        run_llama_cpp(tmp_path / "m.gguf", some_tokens(1, 8), [])

@@ -1,0 +1,296 @@
+"""Loss, steps, checkpoints and resume, on the starter model and short data."""
+
+import json
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+import dora_mlx.training.loop as loop
+from dora_mlx.adapters.adapter_folder import trainable_arrays
+from dora_mlx.adapters.attach import adapters_disabled, attach
+from dora_mlx.adapters.trained import load_run
+from dora_mlx.config import TrainConfig
+from dora_mlx.errors import UserError
+from dora_mlx.run_folder import RunFolder
+from dora_mlx.training.events import read_events
+from dora_mlx.training.finetune import finetune
+from dora_mlx.training.loss import loss_sum
+from dora_mlx.training.schedule import learning_rate_at
+
+
+def quick(chat_file, **options):
+    """Options of a run of a few steps on two layers of the starter."""
+    defaults = {
+        "data": str(chat_file),
+        "steps": 4,
+        "batch_size": 4,
+        "num_layers": 2,
+        "steps_per_eval": 2,
+        "steps_per_save": 1,
+        "learning_rate": 1e-3,
+    }
+    return TrainConfig(**{**defaults, **options})
+
+
+def losses(folder):
+    return [e["loss"] for e in read_events(folder.path) if e["event"] == "step"]
+
+
+def final_arrays(folder):
+    newest = max((folder.checkpoints_dir).glob("step_*"))
+    return mx.load(str(newest / "arrays.safetensors"))
+
+
+def same_arrays(one, other):
+    return one.keys() == other.keys() and all(mx.array_equal(one[k], other[k]) for k in one)
+
+
+class StopAfter:
+    """Asks to stop once ``steps`` steps were asked for."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __call__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "runs" / "a")
+
+
+class UniformModel(nn.Module):
+    """Logits that do not depend on the input: every loss is log(vocabulary)."""
+
+    def __call__(self, tokens):
+        return mx.zeros((*tokens.shape, 11))
+
+
+def test_loss_counts_trained_tokens_only():
+    inputs, weights = mx.zeros((2, 5), mx.int32), np.zeros((2, 5), np.float32)
+    weights[0, 1:3] = 1
+    total = loss_sum(UniformModel(), inputs, inputs, mx.array(weights))
+    assert total.item() == pytest.approx(2 * math.log(11), rel=1e-6)
+
+
+def test_run_leaves_a_complete_folder(chat_file, run):
+    assert finetune(quick(chat_file), run) == "completed"
+    events = read_events(run.path)
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert events[-1]["reason"] == "completed"
+    assert kinds.count("step") == 4
+    assert [e["step"] for e in events if e["event"] == "validation"] == [0, 2, 4]
+    step = next(event for event in events if event["event"] == "step")
+    assert step.keys() >= {
+        "time", "step", "loss", "learning_rate", "tokens", "tokens_per_second",
+        "peak_memory_bytes", "grad_norm",
+    }  # fmt: skip
+    config = run.read_config()
+    assert TrainConfig.from_dict(config["options"]).learning_rate == 1e-3
+    assert config["versions"].keys() >= {"mlx", "mlx-lm", "dora-mlx"}
+    # A bounded number of checkpoints is kept.
+    assert sorted(p.name for p in run.checkpoints_dir.iterdir()) == [
+        "step_00000003",
+        "step_00000004",
+    ]
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "full"])
+def test_training_lowers_the_loss_and_the_adapter_comes_back(chat_file, run, method):
+    rate = 1e-4 if method == "full" else 3e-3
+    config = quick(
+        chat_file, method=method, steps=12, learning_rate=rate, num_layers=None, steps_per_eval=12
+    )
+    finetune(config, run)
+    validation = [e["loss"] for e in read_events(run.path) if e["event"] == "validation"]
+    assert validation[-1] < 0.8 * validation[0]
+    trained = load_run(run)
+    checkpoint = final_arrays(run)
+    for name, array in trainable_arrays(trained.base.model).items():
+        ours = "model." + (name[:-1] + "magnitude" if name.endswith(".m") else name)
+        assert mx.array_equal(array, checkpoint[ours]), name
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_model_equals_its_base_before_the_first_step(starter, method):
+    tokens = mx.array([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
+    base = starter.model(tokens)
+    attach(starter.model, method)
+    starter.model.eval()
+    assert mx.array_equal(starter.model(tokens), base)
+    for layer in starter.model.layers:
+        layer.mlp.up_proj.lora_b = layer.mlp.up_proj.lora_b + 0.1
+    assert not mx.allclose(starter.model(tokens), base, atol=1e-2)
+    with adapters_disabled(starter.model):
+        assert mx.array_equal(starter.model(tokens), base)
+    assert not mx.allclose(starter.model(tokens), base, atol=1e-2)
+
+
+def test_accumulation_does_not_change_loss_or_update(chat_file, tmp_path):
+    # Micro-batches have different numbers of trained tokens; a mean of means would differ.
+    runs = {}
+    for batch_size, count in ((8, 1), (2, 4)):
+        run = RunFolder(tmp_path / f"runs/{batch_size}")
+        config = quick(
+            chat_file, batch_size=batch_size, grad_accumulation_steps=count, valid_fraction=0
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            # The same examples in the same order, whatever the batch size.
+            patch.setattr(
+                "dora_mlx.data.batches.BatchStream._epoch_order",
+                lambda self, epoch: [
+                    list(range(start, start + self._batch_size))
+                    for start in range(0, 40, self._batch_size)
+                ],
+            )
+            finetune(config, run)
+        runs[batch_size] = run
+    assert losses(runs[8]) == pytest.approx(losses(runs[2]), rel=2e-5)
+    one, other = final_arrays(runs[8]), final_arrays(runs[2])
+    for name, array in one.items():
+        if name.startswith("model."):
+            assert mx.allclose(array, other[name], rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(chat_file, tmp_path, stop):
+    config = quick(chat_file, dropout=0.1, steps_per_save=2)
+    whole, parts = RunFolder(tmp_path / "runs/whole"), RunFolder(tmp_path / "runs/parts")
+    finetune(config, whole)
+    assert finetune(config, parts, should_stop=StopAfter(stop)) == "stopped"
+    assert len(losses(parts)) == stop
+    saved = TrainConfig.from_file(parts.config_file)
+    assert finetune(saved, parts, resume=True) == "completed"
+    assert losses(parts) == losses(whole)
+    assert same_arrays(final_arrays(parts), final_arrays(whole))
+
+
+def test_run_killed_between_checkpoints_repeats_its_steps(chat_file, tmp_path):
+    config = quick(chat_file, steps_per_save=2)
+    whole, parts = RunFolder(tmp_path / "runs/whole"), RunFolder(tmp_path / "runs/parts")
+    finetune(config, whole)
+
+    def die_at_step_3(event):
+        if event["event"] == "step" and event["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, parts, listener=die_at_step_3)
+    with open(parts.path / "events.jsonl", "a") as file:
+        file.write('{"event": "st')  # Power loss in the middle of a line.
+    finetune(TrainConfig.from_file(parts.config_file), parts, resume=True)
+    assert losses(parts) == losses(whole)
+    assert same_arrays(final_arrays(parts), final_arrays(whole))
+
+
+def test_damaged_checkpoint_is_passed_over_with_a_word(chat_file, tmp_path):
+    config = quick(chat_file)
+    whole, parts = RunFolder(tmp_path / "runs/whole"), RunFolder(tmp_path / "runs/parts")
+    finetune(config, whole)
+    finetune(config, parts, should_stop=StopAfter(3))
+    arrays = parts.checkpoints_dir / "step_00000003" / "arrays.safetensors"
+    data = bytearray(arrays.read_bytes())
+    data[-5] ^= 255
+    arrays.write_bytes(data)
+    finetune(TrainConfig.from_file(parts.config_file), parts, resume=True)
+    warnings = [e["message"] for e in read_events(parts.path) if e["event"] == "warning"]
+    assert any("step_00000003 is damaged" in message for message in warnings)
+    assert losses(parts) == losses(whole)
+
+
+def test_changed_data_is_noticed_before_resuming(chat_file, run):
+    finetune(quick(chat_file), run, should_stop=StopAfter(2))
+    lines = chat_file.read_text().splitlines()
+    chat_file.write_text("\n".join(lines[1:]))
+    with pytest.raises(UserError, match="data of run a has changed"):
+        finetune(TrainConfig.from_file(run.config_file), run, resume=True)
+
+
+def test_two_processes_never_write_one_run(chat_file, run):
+    finetune(quick(chat_file, steps=1), run)
+    with run.lock(), pytest.raises(UserError, match="is being trained by process"):
+        finetune(TrainConfig.from_file(run.config_file), run, resume=True)
+    with run.lock(), pytest.raises(UserError, match="is being trained by process"):
+        finetune(quick(chat_file), run, overwrite=True)
+    assert run.config_file.exists()
+
+
+def test_failure_in_preparation_leaves_nothing_or_the_old_run(chat_file, run, tmp_path):
+    bad = quick(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="no data"):
+        finetune(bad, run)
+    assert not run.path.exists()
+    finetune(quick(chat_file, steps=1), run)
+    with pytest.raises(UserError, match="exists already"):
+        finetune(quick(chat_file), run)
+    before = run.config_file.read_bytes()
+    with pytest.raises(UserError, match="no data"):
+        finetune(bad, run, overwrite=True)
+    assert run.config_file.read_bytes() == before
+    finetune(quick(chat_file, steps=2), run, overwrite=True)
+    assert len(losses(run)) == 2
+    assert [p.name for p in run.path.parent.iterdir()] == ["a"]
+
+
+def test_non_finite_steps_are_skipped_and_then_end_the_run(chat_file, run, monkeypatch):
+    real = loop.loss_sum
+    calls = []
+
+    def poisoned(model, *batch):
+        calls.append(1)
+        return real(model, *batch) * (mx.nan if model.training and len(calls) > 3 else 1.0)
+
+    monkeypatch.setattr(loop, "loss_sum", poisoned)
+    config = replace(quick(chat_file), steps=20, steps_per_eval=20, valid_fraction=0)
+    with pytest.raises(UserError, match="steps in a row without a finite loss"):
+        finetune(config, run)
+    events = read_events(run.path)
+    assert events[-1]["reason"] == "failed"
+    recorded = losses(run)
+    assert all(math.isfinite(loss) for loss in recorded[:3])
+    assert recorded[3] is None
+    # The update was skipped: the last checkpoint holds finite numbers.
+    assert all(mx.all(mx.isfinite(a)).item() for a in final_arrays(run).values())
+
+
+def test_half_written_event_is_skipped(run):
+    run.path.mkdir(parents=True)
+    lines = [{"event": "start", "step": 0}, {"event": "step", "step": 1}]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"event": "step", "st'
+    (run.path / "events.jsonl").write_text(text)
+    assert [event["event"] for event in read_events(run.path)] == ["start", "step"]
+
+
+def test_schedule_warms_up_and_falls_to_a_tenth():
+    def rates(schedule):
+        return [learning_rate_at(s, 100, 1.0, 10, schedule) for s in range(1, 101)]
+
+    for schedule in ("cosine", "linear"):
+        curve = rates(schedule)
+        assert curve[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+        assert curve[-1] == pytest.approx(0.1)
+        assert all(a >= b for a, b in zip(curve[9:], curve[10:], strict=False))
+    assert rates("constant")[10:] == [1.0] * 90
+    # A run shorter than its warm-up still reaches the peak.
+    assert max(learning_rate_at(s, 4, 1.0, 10, "linear") for s in range(1, 5)) == 1.0
+
+
+def test_adapter_folder_loads_in_mlx_lm_with_the_same_logits(chat_file, run, starter_path):
+    from mlx_lm import load
+
+    for method in ("dora", "lora"):
+        folder = RunFolder(run.path.parent / method)
+        finetune(quick(chat_file, method=method, learning_rate=5e-3), folder)
+        model, _ = load(str(starter_path), adapter_path=str(folder.path))
+        model.set_dtype(mx.float32)
+        tokens = mx.array([list(range(5, 45))])
+        ours = load_run(folder).base.model(tokens)
+        assert mx.allclose(model(tokens), ours, atol=2e-4 * mx.abs(ours).max().item())
