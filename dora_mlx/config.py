@@ -69,8 +69,18 @@ class TrainConfig:
         "(full; a quantized model is dequantized first).",
     )
     rank: int = knob(8, "Rank of the low-rank update.", minimum=1, maximum=1024)
+    rank_overrides: tuple[str, ...] = knob(
+        (),
+        "Other ranks for some layers, as NAME=RANK with a name or pattern: v_proj=16 mlp.*=4.",
+        advanced=True,
+    )
     alpha: float = knob(
         16.0, "Strength of the update: its scale is alpha / rank.", minimum=1e-3, maximum=1e4
+    )
+    rslora: bool = knob(
+        False,
+        "Scale the update by alpha / sqrt(rank), which keeps high ranks stable (rsLoRA).",
+        advanced=True,
     )
     dropout: float = knob(
         0.0,
@@ -106,6 +116,20 @@ class TrainConfig:
         minimum=0,
         maximum=1,
     )
+    magnitude_lr_ratio: float = knob(
+        1.0,
+        "Learning rate of the DoRA magnitudes, as a multiple of --learning-rate.",
+        minimum=0,
+        maximum=1000,
+        advanced=True,
+    )
+    lora_b_lr_ratio: float = knob(
+        1.0,
+        "Learning rate of the B matrices, as a multiple of --learning-rate (LoRA+ advises 16).",
+        minimum=0,
+        maximum=1000,
+        advanced=True,
+    )
     schedule: Literal["cosine", "linear", "constant"] = knob(
         "cosine", "Learning rate after the warm-up, down to a tenth of its peak.", advanced=True
     )
@@ -113,6 +137,12 @@ class TrainConfig:
         10,
         "Optimizer steps in which the learning rate rises to its peak.",
         minimum=0,
+        advanced=True,
+    )
+    grad_checkpoint: bool | None = knob(
+        None,
+        "Recompute every transformer block in the backward: far less memory for a third more "
+        "time. Default: on for models of 100 million parameters and more.",
         advanced=True,
     )
     max_grad_norm: float = knob(

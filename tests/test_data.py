@@ -39,10 +39,14 @@ def test_reads_messages_and_prompt_completion(tmp_path):
     assert (first.line, second.line) == (1, 3)
 
 
-@pytest.mark.parametrize("encode", [lambda t: t.encode("utf-8-sig"), lambda t: t.replace("\n", "\r\n").encode()])
+@pytest.mark.parametrize(
+    "encode", [lambda t: t.encode("utf-8-sig"), lambda t: t.replace("\n", "\r\n").encode()]
+)
 def test_byte_order_mark_and_carriage_returns_are_no_content(tmp_path, encode):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(encode(json.dumps(chat("Hi", "Ho\u2028ho")) + "\n" + json.dumps(chat("a", "b"))))
+    path.write_bytes(
+        encode(json.dumps(chat("Hi", "Ho\u2028ho")) + "\n" + json.dumps(chat("a", "b")))
+    )
     assert [r.messages[0]["content"] for r in read_records(path)] == ["Hi", "a"]
 
 
@@ -58,7 +62,10 @@ FAULTS = [
     ('{"messages": [{"role": "user", "content": " "}]}', "message 1 (user) is empty"),
     (json.dumps(chat("only a question")), "no assistant message"),
     (json.dumps({"messages": chat("a", "b")["messages"][::-1]}), "message 1 is from the assistant"),
-    (json.dumps({"messages": chat("a", "b")["messages"] * 1 + chat("a", "b")["messages"][1:]}), "message 3"),
+    (
+        json.dumps({"messages": chat("a", "b")["messages"] * 1 + chat("a", "b")["messages"][1:]}),
+        "message 3",
+    ),
     ("[" * 100_000, "nested too deeply"),
 ]
 
@@ -99,7 +106,7 @@ def test_binary_file_is_refused(tmp_path):
 
 
 def test_folder_of_splits(tmp_path):
-    with pytest.raises(UserError, match="no train.jsonl"):
+    with pytest.raises(UserError, match=r"no train\.jsonl"):
         find_data(tmp_path)
     write(tmp_path / "train.jsonl", chat("a", "b"))
     assert find_data(tmp_path).valid is None
@@ -137,7 +144,7 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(tokenizer):
     long_prompt, long_answer = record("word " * 50, "ok"), record("Hi", "word " * 50)
     result = make_examples([long_prompt, long_answer, record("a", "b")], tokenizer, 40)
     assert (result.truncated, result.dropped) == (2, 1)
-    assert [len(example) for example in result.examples][0] == 40
+    assert len(result.examples[0]) == 40
     assert result.trained_tokens > 20
 
 

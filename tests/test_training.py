@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import dora_mlx.training.loop as loop
 from dora_mlx.adapters.adapter_folder import trainable_arrays
@@ -15,9 +16,13 @@ from dora_mlx.adapters.attach import adapters_disabled, attach
 from dora_mlx.adapters.trained import load_run
 from dora_mlx.config import TrainConfig
 from dora_mlx.errors import UserError
+from dora_mlx.layers import hoisted_norms
+from dora_mlx.loading import load_base
+from dora_mlx.registry import models_dir
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.events import read_events
 from dora_mlx.training.finetune import finetune
+from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.loss import loss_sum
 from dora_mlx.training.schedule import learning_rate_at
 
@@ -294,3 +299,83 @@ def test_adapter_folder_loads_in_mlx_lm_with_the_same_logits(chat_file, run, sta
         tokens = mx.array([list(range(5, 45))])
         ours = load_run(folder).base.model(tokens)
         assert mx.allclose(model(tokens), ours, atol=2e-4 * mx.abs(ours).max().item())
+
+
+def test_magnitudes_and_b_have_rates_of_their_own(chat_file, tmp_path):
+    def moved(**ratios):
+        run = RunFolder(
+            tmp_path / f"runs/{len(ratios)}{'b' if 'lora_b_lr_ratio' in ratios else ''}"
+        )
+        finetune(quick(chat_file, steps=1, warmup_steps=0, **ratios), run)
+        arrays = final_arrays(run)
+        attach(fresh := load_base_again(), num_layers=2)
+        name = "layers.5.mlp.up_proj"
+        start = fresh.layers[5].mlp.up_proj
+        return (
+            mx.abs(arrays[f"model.model.{name}.magnitude"] - start.magnitude).max().item(),
+            mx.abs(arrays[f"model.model.{name}.lora_b"]).max().item(),
+        )
+
+    # The first step of Adam moves every parameter by its learning rate.
+    assert moved() == pytest.approx((1e-3, 1e-3), rel=0.02)
+    assert moved(magnitude_lr_ratio=5.0) == pytest.approx((5e-3, 1e-3), rel=0.02)
+    assert moved(lora_b_lr_ratio=16.0) == pytest.approx((1e-3, 16e-3), rel=0.02)
+
+
+def load_base_again():
+    return load_base(models_dir() / "starter").model
+
+
+def test_checkpointed_blocks_give_the_same_gradients_in_less_memory(starter):
+    attach(starter.model, "dora")
+    tokens = mx.array(np.random.default_rng(0).integers(3, 2000, (4, 128)))
+    weights = mx.ones(tokens.shape)
+    classes = [type(layer) for layer in starter.model.layers]
+
+    def gradients():
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        function = nn.value_and_grad(starter.model, loss_sum)
+        loss, grads = function(starter.model, tokens, tokens, weights)
+        mx.eval(loss, grads)
+        return loss.item(), dict(tree_flatten(grads)), mx.get_peak_memory() - before
+
+    with hoisted_norms(starter.model):
+        loss, plain, plain_peak = gradients()
+        with checkpointed_blocks(starter.model):
+            checkpointed_loss, checkpointed, peak = gradients()
+    assert checkpointed_loss == loss
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        assert mx.allclose(gradient, checkpointed[name], rtol=1e-4, atol=1e-6), name
+    assert peak < 0.7 * plain_peak
+    assert [type(layer) for layer in starter.model.layers] == classes
+
+
+def test_rslora_and_rank_overrides_survive_the_run_folder(chat_file, run):
+    config = quick(chat_file, rank=4, rslora=True, rank_overrides=("v_proj=2", "mlp.*=6"))
+    finetune(config, run)
+    block = load_run(run).base.model.layers[-1]
+    shapes = {
+        "self_attn.q_proj": (4, block.self_attn.q_proj),
+        "self_attn.v_proj": (2, block.self_attn.v_proj),
+        "mlp.up_proj": (6, block.mlp.up_proj),
+    }
+    for name, (rank, layer) in shapes.items():
+        assert layer.lora_a.shape[1] == rank, name
+        assert layer.scale == pytest.approx(16 / math.sqrt(rank)), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ("q_proj", "nothing")}, "matches nothing. There are mlp.down_proj"),
+        ({"rank_overrides": ("o_proj",)}, "takes NAME=RANK"),
+        ({"rank_overrides": ("o_proj=0",)}, "at least 1"),
+        ({"rank_overrides": ("wo=4",)}, "matches wo"),
+        ({"num_layers": 7}, "has only 6 blocks"),
+    ],
+)
+def test_wrong_targets_are_explained_with_what_there_is(starter, options, message):
+    with pytest.raises(UserError, match=message):
+        attach(starter.model, "dora", **options)

@@ -55,9 +55,14 @@ def save_adapter(folder: Path, model: nn.Module, spec: AdapterSpec) -> None:
         "num_layers": spec.num_layers,
         "lora_parameters": {
             "rank": spec.rank,
-            "scale": spec.alpha / spec.rank,
+            "scale": spec.scale,
             "dropout": spec.dropout,
             "keys": list(spec.keys),
+            # mlx-lm reads the four above. It has one rank for all layers, so it refuses the
+            # arrays of a run with rank overrides as misshapen.
+            "alpha": spec.alpha,
+            "rslora": spec.rslora,
+            "rank_overrides": list(spec.rank_overrides),
         },
     }
     with replacing(folder / WEIGHTS_FILE) as temporary:
@@ -77,7 +82,17 @@ def load_adapter(folder: Path, model: nn.Module) -> AdapterSpec:
         arrays = cast(dict[str, mx.array], mx.load(str(weights_file)))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"Cannot read the adapter {weights_file}: {error}.") from error
-    attach(model, spec.method, spec.rank, spec.alpha, spec.dropout, spec.keys, spec.num_layers)
+    attach(
+        model,
+        spec.method,
+        spec.rank,
+        spec.alpha,
+        spec.dropout,
+        spec.keys,
+        spec.num_layers,
+        spec.rslora,
+        spec.rank_overrides,
+    )
     load_trainable_arrays(model, arrays, weights_file)
     return spec
 
@@ -97,10 +112,12 @@ def _read_spec(path: Path) -> AdapterSpec:
         return AdapterSpec(
             config["fine_tune_type"],
             low_rank["rank"],
-            low_rank["scale"] * low_rank["rank"],
+            low_rank["alpha"],
             low_rank["dropout"],
             tuple(low_rank["keys"]),
             config["num_layers"],
+            low_rank["rslora"],
+            tuple(low_rank["rank_overrides"]),
         )
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error

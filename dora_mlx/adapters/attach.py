@@ -1,5 +1,6 @@
 """Put adapter layers into the transformer blocks of an mlx-lm model."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class AdapterSpec:
     """What was put into a model, and all that is needed to do it again.
 
     ``keys`` are the paths of the adapted layers inside a block, such as ``self_attn.q_proj``;
-    ``num_layers`` counts the adapted blocks from the last.
+    ``num_layers`` counts the adapted blocks from the last. The rest is as given to ``attach``.
     """
 
     method: Method
@@ -33,6 +34,13 @@ class AdapterSpec:
     dropout: float
     keys: tuple[str, ...]
     num_layers: int
+    rslora: bool = False
+    rank_overrides: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update at ``rank``: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def attach(
@@ -43,6 +51,8 @@ def attach(
     dropout: float = 0.0,
     target_modules: tuple[str, ...] = (),
     num_layers: int | None = None,
+    rslora: bool = False,
+    rank_overrides: tuple[str, ...] = (),
 ) -> AdapterSpec:
     """Freeze ``model`` and make it trainable by ``method``, in place.
 
@@ -55,6 +65,9 @@ def attach(
         dropout: Probability of dropping an input of the low-rank path in training.
         target_modules: Names or patterns of linear layers; empty means all of a block.
         num_layers: How many blocks, counted from the last; ``None`` means all.
+        rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+        rank_overrides: ``NAME=RANK`` for layers by name or pattern; the last match counts, and
+            the scale follows a layer's own rank.
 
     Raises:
         UserError: If a pattern matches no layer, or there are not so many blocks.
@@ -71,14 +84,19 @@ def attach(
         model.unfreeze()
         return AdapterSpec(method, rank, alpha, dropout, (), num_layers)
     keys = _matching_keys(blocks[-num_layers:], target_modules)
+    ranks = dict.fromkeys(keys, rank) | _own_ranks(rank_overrides, keys)
     for block in blocks[-num_layers:]:
-        wrapped = [
-            (path, _LAYERS[method].from_base(module, rank, alpha, dropout))
-            for path, module in block.named_modules()
-            if path in keys and _is_linear(module)
-        ]
+        wrapped = []
+        for path, module in block.named_modules():
+            if path in keys and _is_linear(module):
+                # The layers divide by the rank; rsLoRA divides by its square root.
+                strength = alpha * math.sqrt(ranks[path]) if rslora else alpha
+                layer = _LAYERS[method].from_base(module, ranks[path], strength, dropout)
+                wrapped.append((path, layer))
         block.update_modules(tree_unflatten(wrapped))
-    return AdapterSpec(method, rank, alpha, dropout, tuple(sorted(keys)), num_layers)
+    return AdapterSpec(
+        method, rank, alpha, dropout, tuple(sorted(keys)), num_layers, rslora, rank_overrides
+    )
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLinear]]:
@@ -108,21 +126,40 @@ def _matching_keys(blocks: list[nn.Module], patterns: tuple[str, ...]) -> set[st
     }
     if not patterns:
         return candidates
-    matches = {
+    matches = _matches("--target-modules", patterns, candidates)
+    return set().union(*matches.values())
+
+
+def _own_ranks(overrides: tuple[str, ...], keys: set[str]) -> dict[str, int]:
+    """Rank of every layer that ``NAME=RANK`` gives one."""
+    pairs = [override.rpartition("=")[::2] for override in overrides]
+    wrong = [f"{name}={rank}" for name, rank in pairs if not name or not rank.isdecimal()]
+    if wrong or any(int(rank) < 1 for _, rank in pairs):
+        raise UserError(
+            f"--rank-overrides takes NAME=RANK with a rank of at least 1, not "
+            f"{', '.join(wrong or overrides)}."
+        )
+    matches = _matches("--rank-overrides", tuple(name for name, _ in pairs), keys)
+    return {path: int(rank) for name, rank in pairs for path in matches[name]}
+
+
+def _matches(flag: str, patterns: tuple[str, ...], paths: set[str]) -> dict[str, set[str]]:
+    """Paths that each pattern names, as a whole or by their last part."""
+    found = {
         pattern: {
             path
-            for path in candidates
+            for path in paths
             if fnmatchcase(path, pattern) or fnmatchcase(path.rsplit(".", 1)[-1], pattern)
         }
         for pattern in patterns
     }
-    idle = [pattern for pattern, found in matches.items() if not found]
+    idle = [pattern for pattern in patterns if not found[pattern]]
     if idle:
         raise UserError(
-            f"--target-modules: nothing in the model matches {', '.join(idle)}. "
-            f"Its linear layers are {', '.join(sorted(candidates))}."
+            f"{flag}: nothing that is adapted matches {', '.join(idle)}. "
+            f"There are {', '.join(sorted(paths))}."
         )
-    return set().union(*matches.values())
+    return found
 
 
 def _dequantize(model: nn.Module) -> None:

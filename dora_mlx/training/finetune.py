@@ -123,6 +123,8 @@ def _prepare(config: TrainConfig) -> _Prepared:
         config.dropout,
         config.target_modules,
         config.num_layers,
+        config.rslora,
+        config.rank_overrides,
     )
     settled = _settle(config, len(train.examples), total_parameters < _SMALL_MODEL)
     description = {
@@ -142,7 +144,7 @@ def _prepare(config: TrainConfig) -> _Prepared:
 
 
 def _settle(config: TrainConfig, examples: int, small_model: bool) -> TrainConfig:
-    """The options with the number of steps and the learning rate filled in."""
+    """The options with those filled in that depend on the model and the data."""
     steps = config.steps
     if steps is None:
         per_step = config.batch_size * config.grad_accumulation_steps
@@ -151,7 +153,10 @@ def _settle(config: TrainConfig, examples: int, small_model: bool) -> TrainConfi
     if rate is None:
         rate = 1e-3 if small_model else 2e-4
         rate = rate / 10 if config.method == "full" else rate
-    return replace(config, steps=steps, learning_rate=rate)
+    checkpoint = config.grad_checkpoint
+    if checkpoint is None:
+        checkpoint = not small_model
+    return replace(config, steps=steps, learning_rate=rate, grad_checkpoint=checkpoint)
 
 
 def _trainer(prepared: _Prepared, folder: RunFolder, log: EventLog) -> Trainer:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from dora_mlx.errors import UserError
 from dora_mlx.layers.dora import hoisted_norms
 from dora_mlx.training.checkpoints import Progress, save_checkpoint
 from dora_mlx.training.events import EventLog
+from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.loss import loss_sum
+from dora_mlx.training.optimizer import AdapterAdam
 from dora_mlx.training.schedule import learning_rate_at
 
 # A run that meets this many steps in a row without a finite loss will not recover.
@@ -52,8 +55,11 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.optimizer = optim.Adam(learning_rate=self._peak, bias_correction=True)
-        self.optimizer.init(self.model.trainable_parameters())
+        self.optimizer = AdapterAdam(
+            self.model.trainable_parameters(),
+            self.config.magnitude_lr_ratio,
+            self.config.lora_b_lr_ratio,
+        )
         self._loss_and_gradients = nn.value_and_grad(self.model, loss_sum)
 
     @property
@@ -126,8 +132,7 @@ class Trainer:
             step, self.steps, self._peak, self.config.warmup_steps, self.config.schedule
         )
         if mx.isfinite(norm).item():
-            self.optimizer.learning_rate = mx.array(rate)
-            self.optimizer.update(self.model, gradients)
+            self.optimizer.update(self.model, gradients, rate)
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
             skipped = 0
         else:
@@ -156,8 +161,9 @@ class Trainer:
         tokens = sum(batch.trained_tokens for batch in micro_batches)
         loss = mx.array(0.0)
         total: Any = None
-        # The norms depend on parameters that do not change before the update below.
-        with hoisted_norms(self.model):
+        recompute = checkpointed_blocks if self.config.grad_checkpoint else nullcontext
+        # The norms depend on parameters that do not change before the update.
+        with hoisted_norms(self.model), recompute(self.model):
             for batch in micro_batches:
                 part, gradients = self._loss_and_gradients(self.model, *_arrays(batch))
                 loss = loss + part

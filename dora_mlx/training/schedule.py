@@ -24,6 +24,6 @@ def learning_rate_at(
         return peak * step / warmup_steps
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    progress = (step - warmup_steps - 1) / max(1, steps - warmup_steps - 1)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
     return peak * (FLOOR + (1 - FLOOR) * remaining)

@@ -1,0 +1,45 @@
+"""Recompute a transformer block in the backward instead of keeping its activations.
+
+Memory of the activations becomes one input per block and the insides of one block, at the price
+of a second forward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+arXiv 1604.06174).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@contextmanager
+def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
+    """Within the block, every transformer block of ``model`` is recomputed in the backward.
+
+    Parameters and their names stay what they are; other models of the same classes are not
+    touched.
+    """
+    blocks: list[nn.Module] = model.layers
+    classes = [type(block) for block in blocks]
+    for block, original in zip(blocks, classes, strict=True):
+        block.__class__ = _checkpointed(original)
+    try:
+        yield
+    finally:
+        for block, original in zip(blocks, classes, strict=True):
+            block.__class__ = original
+
+
+def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a block's class whose call is checkpointed."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            # Gradients flow to what is passed in, not to what the module holds.
+            self.update(parameters)
+            return original.__call__(self, *args, **kwargs)
+
+        return mx.checkpoint(forward)(self.trainable_parameters(), *args, **kwargs)
+
+    return type(original.__name__, (original,), {"__call__": call})
