@@ -21,7 +21,7 @@ _EXPORTS = {
     "export_run": "dora_mlx.export",
     "finetune": "dora_mlx.training.finetune",
     "list_models": "dora_mlx.registry",
-    "load_run": "dora_mlx.adapters.run_folder",
+    "load_run": "dora_mlx.adapters.trained",
     "read_events": "dora_mlx.training.events",
     "stream_answer": "dora_mlx.chat",
 }

@@ -1,9 +1,18 @@
 """Files that are either complete or not there."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# More than a safetensors header holds for one array: its name, type, shape and place.
+_HEADER_BYTES = 300
 
 
 @contextmanager
@@ -28,6 +37,24 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of ``path`` by ``text`` in UTF-8, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_arrays(path: Path, arrays: "dict[str, mx.array]") -> None:
+    """Write ``arrays`` as safetensors to ``path``, which is not atomic by itself.
+
+    Raises:
+        OSError: With ``ENOSPC`` if they do not fit on the disk, ``EIO`` for any other failure.
+    """
+    import mlx.core as mx
+
+    needed = sum(array.nbytes for array in arrays.values()) + _HEADER_BYTES * len(arrays)
+    # MLX reports a full disk as a RuntimeError that does not say so.
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    try:
+        mx.save_safetensors(str(path), arrays, {"format": "mlx"})
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -101,6 +101,7 @@ def run_command(body: Callable[[], int]) -> int:
 _FILE_PROBLEMS = {
     errno.ENOSPC: "could not be written: the disk is full. Free some space and run it again.",
     errno.EDQUOT: "could not be written: the disk quota is used up.",
+    errno.EIO: "could not be written: the disk reported an error, or it is full.",
     errno.EROFS: "could not be written: the file system is read-only.",
     errno.EACCES: "could not be opened: permission denied.",
     errno.EPERM: "could not be written: not permitted.",

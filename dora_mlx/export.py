@@ -155,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    folder = find_run(arguments.run, arguments.runs_dir)
     quant = _quant_for(arguments.format, arguments.quant)
+    folder = find_run(arguments.run, arguments.runs_dir)
     suffix = "-safetensors" if arguments.format == "safetensors" else f"-{quant}.gguf"
     output = arguments.output or Path("exports") / f"{folder.name}{suffix}"
     with _progress_bar() as progress:

@@ -135,7 +135,7 @@ def models_dir() -> Path:
     Inside the package when it was installed from a wheel, beside it in a clone.
     """
     package = Path(__file__).resolve().parent
-    for folder in (package / "models", package.parent / "models"):
+    for folder in (package / "bundled", package.parent / "models"):
         if (folder / "registry.toml").is_file():
             return folder
     raise UserError(

@@ -109,6 +109,7 @@ class RunFolder:
             with self.lock():
                 shutil.rmtree(replaced, ignore_errors=True)
                 self.path.rename(replaced)
+        first_run = not self.path.parent.exists()
         try:
             self.path.mkdir(parents=True)
         except OSError as error:
@@ -122,6 +123,8 @@ class RunFolder:
             shutil.rmtree(self.path)
             if replaced.exists():
                 replaced.rename(self.path)
+            if first_run:
+                self.path.parent.rmdir()
             raise
         shutil.rmtree(replaced, ignore_errors=True)
 

@@ -80,17 +80,26 @@ def _train(arguments: argparse.Namespace) -> int:
     # Everything behind this line needs MLX, whose import takes seconds: help does without.
     from dora_mlx.training.finetune import finetune
 
-    with _stopping() as stop, Display(folder) as display:
-        reason = finetune(
-            config,
-            folder,
-            resume=arguments.resume is not None,
-            overwrite=arguments.overwrite,
-            listener=display.show,
-            should_stop=lambda: stop.requested,
-        )
     elsewhere = arguments.runs_dir != Path(DEFAULT_RUNS_DIR)
     where = f" --runs-dir {arguments.runs_dir}" if elsewhere else ""
+    try:
+        with _stopping() as stop, Display(folder) as display:
+            reason = finetune(
+                config,
+                folder,
+                resume=arguments.resume is not None,
+                overwrite=arguments.overwrite,
+                listener=display.show,
+                should_stop=lambda: stop.requested,
+            )
+    except (OSError, KeyboardInterrupt):
+        if any(folder.checkpoints_dir.glob("step_*")):
+            print(
+                "The last checkpoint is kept; go on with "
+                f"`python -m dora_mlx.train --resume {folder.name}{where}`.",
+                file=sys.stderr,
+            )
+        raise
     if reason == "stopped":
         print(
             f"Stopped; everything is kept. Go on with:\n"

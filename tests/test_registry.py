@@ -215,15 +215,15 @@ def test_models_are_found_in_a_wheel_and_in_a_clone(tmp_path, monkeypatch):
     assert (models_dir() / "registry.toml").is_file()
     assert samples_dir() == models_dir() / "samples"
     package = tmp_path / "site-packages" / "dora_mlx"
-    for folder in (package, package.parent / "models", package / "models"):
+    for folder in (package, package.parent / "models", package / "bundled"):
         folder.mkdir(parents=True)
     monkeypatch.setattr(registry, "__file__", str(package / "registry.py"))
     with pytest.raises(UserError, match="Install it again"):
         models_dir()
     # Some other distribution's `models` beside the package must not be taken for ours.
-    (package / "models" / "registry.toml").touch()
+    (package / "bundled" / "registry.toml").touch()
     (package.parent / "models" / "registry.toml").touch()
-    assert models_dir() == package / "models"
+    assert models_dir() == package / "bundled"
 
 
 def test_starter_and_folders_need_no_network(closed_network, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from dora_mlx.adapters.attach import AdapterSpec, attach
-from dora_mlx.atomic import replacing, write_text
+from dora_mlx.atomic import replacing, save_arrays, write_text
 from dora_mlx.errors import UserError
 
 WEIGHTS_FILE = "adapters.safetensors"
@@ -66,7 +66,7 @@ def save_adapter(folder: Path, model: nn.Module, spec: AdapterSpec) -> None:
         },
     }
     with replacing(folder / WEIGHTS_FILE) as temporary:
-        mx.save_safetensors(str(temporary), trainable_arrays(model), {"format": "mlx"})
+        save_arrays(temporary, trainable_arrays(model))
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from dora_mlx.atomic import flush_to_disk
+from dora_mlx.atomic import flush_to_disk, save_arrays
 
 KEPT = 2
 _PREFIX = "step_"
@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, arrays: dict[str, mx.array], progress: Progres
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        mx.save_safetensors(str(temporary / _ARRAYS), arrays)
+        save_arrays(temporary / _ARRAYS, arrays)
         state = {"progress": asdict(progress), "sha256": _digest(temporary / _ARRAYS)}
         (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
         for path in (temporary / _ARRAYS, temporary / _STATE, temporary):

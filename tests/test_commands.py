@@ -1,0 +1,262 @@
+"""The commands as a person runs them: output, exit codes, bad input, Ctrl-C."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from dora_mlx import chat, export, train
+from dora_mlx.__main__ import main as console
+from dora_mlx.command_line import run_command
+from dora_mlx.errors import UserError
+from dora_mlx.run_folder import RunFolder
+from dora_mlx.training.events import read_events
+
+QUICK = ["--steps", "4", "--num-layers", "2", "--steps-per-eval", "4", "--steps-per-save", "2"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trained(chat_file):
+    assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 0
+    return RunFolder(Path("runs/r"))
+
+
+def one_sentence_error(capsys):
+    """What went to stderr, which has to be one message without a traceback."""
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    messages = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(messages) == 1, errors
+    return messages[0]
+
+
+def test_train_says_what_to_try_next_and_those_commands_work(trained, capsys):
+    train.main(["--run", "second", *QUICK])
+    output = capsys.readouterr().out
+    commands = [line.strip() for line in output.splitlines() if line.startswith("  python -m")]
+    assert len(commands) == 3
+    verbs = {"dora_mlx.chat": chat.main, "dora_mlx.export": export.main}
+    for command in commands[1:]:
+        _, _, module, *rest = command.replace('"', "").split()
+        assert verbs[module](rest) == 0
+    written = list(Path("exports").iterdir())
+    assert [path.name for path in written] == ["second-f16.gguf"]
+    log = (trained.path / "log.txt").read_text()
+    assert "validation loss" in log
+
+
+def test_chat_answers_once_compares_and_converses(trained, capsys, monkeypatch):
+    assert chat.main(["--run", "r", "--prompt", "Hello!", "--max-tokens", "5"]) == 0
+    once = capsys.readouterr().out
+    assert once.strip()
+    assert chat.main(["--run", "r", "--prompt", "Hello!", "--max-tokens", "5", "--compare"]) == 0
+    base, adapted = capsys.readouterr().out.splitlines()
+    assert base.startswith("base:    ")
+    assert adapted == f"adapted: {once.strip()}"
+    lines = iter(["Hello!", "And now?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert chat.main(["--run", "r", "--max-tokens", "5"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 2
+
+
+def test_sampling_is_reproducible_by_seed(trained, capsys):
+    def answer(seed):
+        flags = ["--prompt", "Tell me a story.", "--temperature", "1.5", "--seed", str(seed)]
+        assert chat.main(["--run", "r", "--max-tokens", "20", *flags]) == 0
+        return capsys.readouterr().out
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+@pytest.mark.parametrize("output_format", ["safetensors", "gguf"])
+def test_export_writes_verifies_and_does_not_replace(trained, capsys, output_format):
+    flags = ["--run", "r", "--format", output_format, "--output", "out/model"]
+    if output_format == "gguf":
+        flags[-1] += ".gguf"
+    assert export.main(flags) == 0
+    assert "Read back" in capsys.readouterr().out
+    assert export.main(flags) == 2
+    assert "exists already" in one_sentence_error(capsys)
+    assert export.main([*flags, "--overwrite"]) == 0
+    assert len(list(Path("out").iterdir())) == 1
+
+
+def folder_without_model(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    return ["--model", "nothing"]
+
+
+def empty_file(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    return ["--data", "empty.jsonl"]
+
+
+def bad_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"messages": 5}\n')
+    return ["--data", "bad.jsonl"]
+
+
+BAD_TRAININGS = [
+    (lambda _: ["--data", "missing.jsonl"], "There is no data at"),
+    (empty_file, "is empty"),
+    (bad_line, "1 bad line"),
+    (lambda _: ["--model", "mistral-7b-4bitt"], "mistral-7b-4bit"),
+    (folder_without_model, "nothing"),
+    (lambda _: ["--model", "./no/such/folder"], "no/such/folder"),
+    (lambda _: ["--rank", "0"], "--rank must be at least 1"),
+    (lambda _: ["--target-modules", "attention"], "matches attention"),
+    (lambda _: ["--max-seq-length", "8"], "has no example to train on"),
+    (lambda _: ["--resume", "never"], "There is no run 'never'"),
+    (lambda _: ["--run", "../escape"], "cannot be used"),
+    (lambda _: ["--config", "nowhere.json"], "Cannot read the configuration"),
+    (lambda _: ["--runs-dir", "/proc/nowhere"], "Cannot make the run folder"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "message"), BAD_TRAININGS)
+def test_bad_training_is_one_sentence_and_leaves_nothing(tmp_path, capsys, prepare, message):
+    flags = prepare(tmp_path)
+    assert train.main(flags if "--resume" in flags else [*flags, *QUICK]) == 2
+    assert message in one_sentence_error(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (chat.main, ["--run", "nobody"], "There is no run 'nobody'"),
+        (export.main, ["--run", "nobody", "--format", "gguf"], "There is no run 'nobody'"),
+        (export.main, ["--run", "r", "--format", "gguf", "--quant", "q9"], "--quant q9"),
+        (chat.main, ["--run", "r", "--max-tokens", "0"], "--max-tokens must be"),
+        (chat.main, ["--run", "r", "--temperature", "-1"], "--temperature must be"),
+    ],
+)
+def test_bad_chat_and_export_are_one_sentence(capsys, main, flags, message):
+    assert main(flags) == 2
+    assert message in one_sentence_error(capsys)
+
+
+def test_run_without_an_adapter_yet_is_explained(trained, capsys):
+    (trained.path / "adapters.safetensors").unlink()
+    assert chat.main(["--run", "r", "--prompt", "Hi"]) == 2
+    assert "no adapter yet" in one_sentence_error(capsys)
+
+
+def test_damaged_adapter_is_explained(trained, capsys):
+    adapter = trained.path / "adapters.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    assert chat.main(["--run", "r", "--prompt", "Hi"]) == 2
+    assert "adapters.safetensors" in one_sentence_error(capsys)
+
+
+def test_adapter_of_another_shape_lists_what_does_not_fit(trained, capsys):
+    config = json.loads((trained.path / "adapter_config.json").read_text())
+    config["lora_parameters"]["rank"] = 4
+    (trained.path / "adapter_config.json").write_text(json.dumps(config))
+    assert chat.main(["--run", "r", "--prompt", "Hi"]) == 2
+    assert "28 problems" in one_sentence_error(capsys)
+
+
+def test_changed_base_model_is_refused(trained, capsys):
+    config = json.loads(trained.config_file.read_text())
+    config["model"]["fingerprint"] = "0" * 64
+    trained.config_file.write_text(json.dumps(config))
+    assert chat.main(["--run", "r", "--prompt", "Hi"]) == 2
+    assert "is not the one that run r was trained on" in one_sentence_error(capsys)
+
+
+def test_full_disk_keeps_the_last_state_and_resume_goes_on(chat_file, capsys, monkeypatch):
+    usage = namedtuple("usage", "free")
+    real = os.strerror(errno.ENOSPC)
+    calls = []
+
+    def disk_usage(path):
+        calls.append(path)
+        return usage(0 if len(calls) > 1 else 10**12)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dora_mlx.atomic.shutil.disk_usage", disk_usage)
+        assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 1
+    errors = capsys.readouterr().err
+    assert "the disk is full" in errors
+    assert "--resume r" in errors
+    assert real not in errors
+    run = Path("runs/r")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
+    assert not list(run.glob(".*partial*"))
+    assert train.main(["--resume", "r"]) == 0
+    assert [e["step"] for e in read_events(run) if e["event"] == "step"] == [1, 2, 3, 4]
+
+
+def test_write_error_of_mlx_is_not_a_traceback(chat_file, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[write] Unable to write 1302 bytes to file.")
+
+    monkeypatch.setattr("mlx.core.save_safetensors", fail)
+    assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 1
+    assert "could not be written" in one_sentence_error(capsys)
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_resume(chat_file, tmp_path):
+    flags = ["--data", str(chat_file), "--run", "r", "--steps", "2000", "--steps-per-eval", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dora_mlx.train", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent.parent)},
+    )
+    run = Path("runs/r")
+    while not any(event["event"] == "step" for event in read_events(run)):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "--resume r" in output
+    events = read_events(run)
+    assert events[-1]["reason"] == "stopped"
+    last = events[-1]["step"]
+    assert (run / "checkpoints" / f"step_{last:08d}" / "state.json").is_file()
+    # What was trained so far can be used at once.
+    assert chat.main(["--run", "r", "--prompt", "Hi", "--max-tokens", "2"]) == 0
+
+
+def test_console_command_hands_over_to_the_verbs(capsys):
+    assert console([]) == 0
+    assert "usage: dora-mlx" in capsys.readouterr().out
+    assert console(["models"]) == 0
+    assert "mistral-7b-4bit" in capsys.readouterr().out
+    assert console(["fly"]) == 2
+    assert "unknown verb 'fly'" in capsys.readouterr().err
+    assert console(["chat", "--run", "nobody"]) == 2
+
+
+def test_exit_codes(capsys):
+    def user_error():
+        raise UserError("fix this")
+
+    def full():
+        raise OSError(errno.ENOSPC, "x", "file")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def bug():
+        raise OSError(errno.ENOTTY, "a bug")
+
+    assert [run_command(body) for body in (user_error, full, interrupt)] == [2, 1, 130]
+    with pytest.raises(OSError, match="a bug"):
+        run_command(bug)
