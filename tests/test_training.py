@@ -16,6 +16,7 @@ from dora_mlx.adapters.adapter_folder import trainable_arrays
 from dora_mlx.adapters.attach import adapters_disabled, attach
 from dora_mlx.adapters.trained import load_run
 from dora_mlx.config import TrainConfig
+from dora_mlx.data.batches import Batch
 from dora_mlx.errors import UserError
 from dora_mlx.layers import hoisted_norms
 from dora_mlx.loading import load_base
@@ -24,7 +25,7 @@ from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.events import read_events
 from dora_mlx.training.finetune import finetune
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
-from dora_mlx.training.loss import loss_sum
+from dora_mlx.training.loss import plain_loss_sum
 from dora_mlx.training.schedule import learning_rate_at
 
 
@@ -79,9 +80,9 @@ class UniformModel(nn.Module):
 
 
 def test_loss_counts_trained_tokens_only():
-    inputs, weights = mx.zeros((2, 5), mx.int32), np.zeros((2, 5), np.float32)
+    tokens, weights = np.zeros((2, 5), np.int32), np.zeros((2, 5), np.float32)
     weights[0, 1:3] = 1
-    total = loss_sum(UniformModel(), inputs, inputs, mx.array(weights))
+    total = plain_loss_sum(UniformModel(), Batch(tokens, tokens, weights))
     assert total.item() == pytest.approx(2 * math.log(11), rel=1e-6)
 
 
@@ -247,14 +248,14 @@ def test_failure_in_preparation_leaves_nothing_or_the_old_run(chat_file, run, tm
 
 
 def test_non_finite_steps_are_skipped_and_then_end_the_run(chat_file, run, monkeypatch):
-    real = loop.loss_sum
     calls = []
 
-    def poisoned(model, *batch):
+    def poisoned(model, batch):
         calls.append(1)
-        return real(model, *batch) * (mx.nan if model.training and len(calls) > 3 else 1.0)
+        poison = mx.nan if model.training and len(calls) > 3 else 1.0
+        return plain_loss_sum(model, batch) * poison
 
-    monkeypatch.setattr(loop, "loss_sum", poisoned)
+    monkeypatch.setattr(loop, "best_loss", lambda *_: (poisoned, None))
     config = replace(quick(chat_file), steps=20, steps_per_eval=20, valid_fraction=0)
     with pytest.raises(UserError, match="steps in a row without a finite loss"):
         finetune(config, run)
@@ -327,15 +328,15 @@ def load_base_again():
 
 def test_checkpointed_blocks_give_the_same_gradients_in_less_memory(starter):
     attach(starter.model, "dora")
-    tokens = mx.array(np.random.default_rng(0).integers(3, 2000, (4, 128)))
-    weights = mx.ones(tokens.shape)
+    tokens = np.random.default_rng(0).integers(3, 2000, (4, 128)).astype(np.int32)
+    batch = Batch(tokens, tokens, np.ones(tokens.shape, np.float32))
     classes = [type(layer) for layer in starter.model.layers]
 
     def gradients():
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        function = nn.value_and_grad(starter.model, loss_sum)
-        loss, grads = function(starter.model, tokens, tokens, weights)
+        function = nn.value_and_grad(starter.model, plain_loss_sum)
+        loss, grads = function(starter.model, batch)
         mx.eval(loss, grads)
         return loss.item(), dict(tree_flatten(grads)), mx.get_peak_memory() - before
 

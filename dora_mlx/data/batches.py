@@ -57,7 +57,7 @@ class BatchStream:
     """
 
     def __init__(self, examples: list[Example], batch_size: int, seed: int):
-        self._examples = examples
+        self.examples = examples
         self._batch_size = batch_size
         self._seed = seed
         self.batches_per_epoch = -(-len(examples) // batch_size)
@@ -66,17 +66,17 @@ class BatchStream:
     def batch(self, position: int) -> Batch:
         """Batch number ``position``, counted from 0 over all epochs."""
         epoch, index = divmod(position, self.batches_per_epoch)
-        return make_batch([self._examples[i] for i in self._order(epoch)[index]])
+        return make_batch([self.examples[i] for i in self._order(epoch)[index]])
 
     def _epoch_order(self, epoch: int) -> list[list[int]]:
         """Indices of the examples of every batch of an epoch."""
         random = np.random.default_rng([self._seed, epoch])
-        shuffled = random.permutation(len(self._examples)).tolist()
+        shuffled = random.permutation(len(self.examples)).tolist()
         window = self._batch_size * _BATCHES_SORTED_TOGETHER
         order: list[list[int]] = []
         for start in range(0, len(shuffled), window):
             by_length = sorted(
-                shuffled[start : start + window], key=lambda i: len(self._examples[i])
+                shuffled[start : start + window], key=lambda i: len(self.examples[i])
             )
             order += _chunks(by_length, self._batch_size)
         # Shuffled again: else every window would run from its shortest to its longest examples.

@@ -82,7 +82,7 @@ def finetune(
         if resume:
             damaged = _restore(trainer, folder)
         log.write("start", **_start_event(trainer, prepared, resume))
-        for message in _warnings(prepared, damaged):
+        for message in _warnings(prepared, trainer, damaged):
             log.write("warning", step=trainer.progress.step, message=message)
         try:
             reason = trainer.run(should_stop)
@@ -208,12 +208,14 @@ def _start_event(trainer: Trainer, prepared: _Prepared, resume: bool) -> dict[st
     }
 
 
-def _warnings(prepared: _Prepared, damaged: list[Path]) -> list[str]:
+def _warnings(prepared: _Prepared, trainer: Trainer, damaged: list[Path]) -> list[str]:
     messages = [
         f"the checkpoint {path.name} is damaged; going on from an older one" for path in damaged
     ]
     if dora_mlx.blas_notice and mx.default_device().type == mx.DeviceType.cpu:
         messages.append(dora_mlx.blas_notice)
+    if trainer.loss_notice:
+        messages.append(trainer.loss_notice)
     for kind, examples in (("training", prepared.train), ("validation", prepared.valid)):
         if examples.truncated:
             messages.append(

@@ -16,13 +16,13 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from dora_mlx.adapters.adapter_folder import save_adapter
 from dora_mlx.adapters.attach import AdapterSpec
 from dora_mlx.config import TrainConfig
-from dora_mlx.data.batches import Batch, BatchStream
+from dora_mlx.data.batches import Batch, BatchStream, make_batch
 from dora_mlx.errors import UserError
 from dora_mlx.layers.dora import hoisted_norms
 from dora_mlx.training.checkpoints import Progress, save_checkpoint
 from dora_mlx.training.events import EventLog
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
-from dora_mlx.training.loss import loss_sum
+from dora_mlx.training.loss import best_loss
 from dora_mlx.training.optimizer import AdapterAdam
 from dora_mlx.training.schedule import learning_rate_at
 
@@ -60,7 +60,9 @@ class Trainer:
             self.config.magnitude_lr_ratio,
             self.config.lora_b_lr_ratio,
         )
-        self._loss_and_gradients = nn.value_and_grad(self.model, loss_sum)
+        smallest = make_batch(sorted(self.batches.examples, key=len)[:2])
+        self._loss_sum, self.loss_notice = best_loss(self.model, smallest)
+        self._loss_and_gradients = nn.value_and_grad(self.model, self._loss_sum)
 
     @property
     def steps(self) -> int:
@@ -165,7 +167,7 @@ class Trainer:
         # The norms depend on parameters that do not change before the update.
         with hoisted_norms(self.model), recompute(self.model):
             for batch in micro_batches:
-                part, gradients = self._loss_and_gradients(self.model, *_arrays(batch))
+                part, gradients = self._loss_and_gradients(self.model, batch)
                 loss = loss + part
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
                 mx.eval(loss, total)
@@ -195,7 +197,7 @@ class Trainer:
         loss, tokens = 0.0, 0
         with hoisted_norms(self.model):
             for batch in self.validation:
-                loss += cast(float, loss_sum(self.model, *_arrays(batch)).item())
+                loss += cast(float, self._loss_sum(self.model, batch).item())
                 tokens += batch.trained_tokens
         mean, best = loss / tokens, self.progress.best_loss
         self.log.write("validation", step=self.progress.step, loss=mean)
@@ -214,7 +216,3 @@ class Trainer:
     def _checkpoint(self) -> None:
         path = save_checkpoint(self.folder / "checkpoints", self.state_arrays(), self.progress)
         self.log.write("checkpoint", step=self.progress.step, path=str(path))
-
-
-def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.weights)
