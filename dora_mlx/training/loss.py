@@ -83,10 +83,9 @@ def _why_not_chunked(model: nn.Module) -> str | None:
     outside = {k: v for k, v in model.children().items() if k != "model"}
     head_trains = any(nn.Module.trainable_parameters(m) for m in _modules(outside))
     embedding = body.get("embed_tokens")
-    tied = "lm_head" not in model and isinstance(embedding, nn.Module)
-    if head_trains or (tied and embedding.trainable_parameters()):
-        return "it is trained itself"
-    return None
+    if "lm_head" not in model and isinstance(embedding, nn.Module):
+        head_trains = head_trains or bool(embedding.trainable_parameters())
+    return "it is trained itself" if head_trains else None
 
 
 def _modules(children: dict[str, Any]) -> Iterator[nn.Module]:
