@@ -1,0 +1,218 @@
+"""DoRA against LoRA: single layers, whole training steps, and decoding.
+
+    python -m benchmarks.dora [--json FILE] [--only layers,steps,decode] [--repetitions N]
+
+Four variants on the same frozen weights: our DoRA and LoRA, and mlx-lm's. On the CPU mlx-lm's
+LoRA gets our product with the frozen weight too, since MLX's quantized CPU product is some 20
+times slower and would hide everything else; its DoRA dequantizes by itself. Our DoRA computes its
+norms in every step. Ratios are to mlx-lm's LoRA.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Measurement, environment, measure, on_cpu, table
+
+import mlx.core as mx  # isort: skip  # after OpenBLAS
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from dora_mlx.adapters.attach import attach
+from dora_mlx.data.batches import Batch
+from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.layers import hoisted_norms
+from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
+from dora_mlx.training.loss import ChunkedLoss
+
+RANK, ALPHA, TOKENS = 8, 16.0, 512
+LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
+REFERENCE = "mlx-lm LoRA"
+VARIANTS = (REFERENCE, "mlx-lm DoRA", "our LoRA", "our DoRA")
+# 8 blocks, 768 wide, vocabulary 32,000: 105 million parameters.
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 768,
+    "num_hidden_layers": 8,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32000,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+Results = dict[str, dict[str, Measurement]]
+
+
+def main() -> None:
+    """Measure, print the tables and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="Write the measurements to this file.")
+    parser.add_argument("--only", default="layers,steps,decode", help="Parts to run.")
+    parser.add_argument("--repetitions", type=int, default=3, help="Timed runs of every variant.")
+    arguments = parser.parse_args()
+    about = environment()
+    print("\n".join(f"- {name}: {value}" for name, value in about.items()), flush=True)
+    parts: dict[str, Callable[[int], Iterator[tuple[str, dict[str, Measurement]]]]] = {
+        "layers": layers,
+        "steps": steps,
+        "decode": decode,
+    }
+    results: Results = {}
+    for part in arguments.only.split(","):
+        for title, rows in parts[part](arguments.repetitions):
+            results[title] = rows
+            print(table(title, rows, REFERENCE), flush=True)
+    if arguments.json:
+        measured = {t: {n: asdict(m) for n, m in rows.items()} for t, rows in results.items()}
+        arguments.json.write_text(json.dumps({"environment": about, "results": measured}, indent=2))
+
+
+def dtype() -> mx.Dtype:
+    """The type that models compute in on this device."""
+    return mx.float32 if on_cpu() else mx.bfloat16
+
+
+def adapted(model: nn.Module, variant: str) -> nn.Module:
+    """``model`` with the adapter of ``variant`` on every linear layer of its blocks."""
+    if on_cpu():
+        use_blocked_products(model)
+    mx.random.seed(0)
+    method = "dora" if variant.endswith("DoRA") else "lora"
+    if variant.startswith("our"):
+        attach(model, method, rank=RANK, alpha=ALPHA)
+    else:
+        model.freeze()
+        options = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0}
+        linear_to_lora_layers(model, len(model.layers), options, use_dora=method == "dora")
+    mx.eval(model.parameters())
+    return model
+
+
+class Block(nn.Module):
+    """One linear layer."""
+
+    def __init__(self, out: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, out, bias=False)
+
+
+class OneLayer(nn.Module):
+    """A model of one block with one linear layer."""
+
+    def __init__(self, out: int, width: int, bits: int | None):
+        super().__init__()
+        mx.random.seed(1)
+        self.layers = [Block(out, width)]
+        self.set_dtype(dtype())
+        if bits:
+            nn.quantize(self, 64, bits)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[..., in] -> [..., out]``."""
+        return self.layers[0].proj(x)
+
+
+def layers(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+    """Forward and backward of one layer, the norm included."""
+    for bits in (4, None):
+        for out, width in LAYERS:
+            x = mx.random.normal((1, TOKENS, width)).astype(dtype())
+            d = mx.random.normal((1, TOKENS, out)).astype(dtype())
+            mx.eval(x, d)
+            jobs = {
+                variant: _layer_job(adapted(OneLayer(out, width, bits), variant), x, d)
+                for variant in VARIANTS
+            }
+            kind = f"{bits}-bit" if bits else "dense"
+            title = f"One layer {out} from {width}, {kind}, {TOKENS} tokens, forward and backward"
+            yield title, measure(jobs, repetitions)
+
+
+def _layer_job(model: nn.Module, x: mx.array, d: mx.array) -> Callable[[], object]:
+    def objective(parameters: Any, x: mx.array) -> mx.array:
+        model.update(parameters)
+        return (model(x) * d).sum()
+
+    function = mx.grad(objective, argnums=(0, 1))
+
+    def job() -> object:
+        with hoisted_norms(model):
+            return function(model.trainable_parameters(), x)
+
+    return job
+
+
+def steps(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+    """A whole training step: chunked loss for every variant, gradients, Adam."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, LLAMA["vocab_size"], (4, 513)).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((4, 512), np.float32))
+    for bits in (4, None):
+        for checkpointing in (False, True):
+            jobs = {
+                variant: _step_job(_llama(bits, variant), batch, checkpointing)
+                for variant in VARIANTS
+            }
+            kind = f"{bits}-bit" if bits else "dense"
+            how = "with" if checkpointing else "without"
+            title = f"Step of a {kind} llama of 105M, 4x512 tokens, {how} gradient checkpointing"
+            yield title, measure(jobs, repetitions)
+
+
+def _llama(bits: int | None, variant: str) -> nn.Module:
+    mx.random.seed(1)
+    model = llama.Model(llama.ModelArgs.from_dict(LLAMA))
+    model.set_dtype(dtype())
+    if bits:
+        nn.quantize(model, 64, bits)
+    model.train()
+    return adapted(model, variant)
+
+
+def _step_job(model: nn.Module, batch: Batch, checkpointing: bool) -> Callable[[], object]:
+    optimizer = optim.Adam(1e-4)
+    optimizer.init(model.trainable_parameters())
+    function = nn.value_and_grad(model, ChunkedLoss())
+
+    def job() -> object:
+        with hoisted_norms(model), checkpointed_blocks(model) if checkpointing else nullcontext():
+            loss, gradients = function(model, batch)
+        optimizer.update(model, gradients)
+        return loss, model.trainable_parameters(), optimizer.state
+
+    return job
+
+
+def decode(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+    """16 tokens, one at a time, with the adapter not merged."""
+    jobs = {variant: _decode_job(_llama(4, variant)) for variant in VARIANTS}
+    yield "Decoding 16 tokens with a 4-bit llama of 105M", measure(jobs, repetitions)
+
+
+def _decode_job(model: nn.Module) -> Callable[[], object]:
+    model.eval()
+
+    def job() -> object:
+        cache = make_prompt_cache(model)
+        token = mx.zeros((1, 1), mx.int32)
+        with hoisted_norms(model):
+            for _ in range(16):
+                token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+                mx.eval(token)
+        return token
+
+    return job
+
+
+if __name__ == "__main__":
+    main()
