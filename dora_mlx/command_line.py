@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import os
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from dora_mlx.config import TrainConfig, flag_of, plain_type
 from dora_mlx.errors import UserError
@@ -28,12 +29,26 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one sentence instead of its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, with the nearest flag to an unknown one, and exit with 2."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        hint = ""
+        if unknown and not message.startswith(unknown[0]):
+            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        self.exit(USER_ERROR, f"error: {message}{hint}. See {self.prog} --help.\n")
+
+
 def parser_for(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A parser whose help names the command the way it was started."""
     # `dora-mlx train` and `python -m dora_mlx.train` are the same command under two names.
     started_as_module = sys.argv[0].endswith(f"{verb}.py")
     prog = f"python -m dora_mlx.{verb}" if started_as_module else f"dora-mlx {verb}"
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         description=description,
         epilog=epilog,

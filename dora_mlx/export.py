@@ -213,7 +213,9 @@ def _progress_bar() -> Iterator[Progress]:
     from tqdm import tqdm
 
     bar: tqdm[Any]
-    with tqdm(unit="B", unit_scale=True, desc="Merging and writing", leave=False) as bar:
+    with tqdm(
+        unit="B", unit_scale=True, desc="Merging and writing", leave=False, disable=None
+    ) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -93,10 +93,11 @@ def _train(arguments: argparse.Namespace) -> int:
                 should_stop=lambda: stop.requested,
             )
     except (OSError, KeyboardInterrupt):
-        if any(folder.checkpoints_dir.glob("step_*")):
+        if folder.config_file.exists():
+            kept = any(folder.checkpoints_dir.glob("step_*"))
+            what = "The last checkpoint is kept" if kept else "No step was saved yet"
             print(
-                "The last checkpoint is kept; go on with "
-                f"`python -m dora_mlx.train --resume {folder.name}{where}`.",
+                f"{what}; go on with `python -m dora_mlx.train --resume {folder.name}{where}`.",
                 file=sys.stderr,
             )
         raise
@@ -182,6 +183,8 @@ class Display:
         self._bar: tqdm[Any] | None = None
         self._log: TextIO | None = None
         self._loss: float | None = None
+        self._validation: list[float] = []
+        self._last_step: dict[str, Any] | None = None
 
     def __enter__(self) -> "Display":
         return self
@@ -199,7 +202,9 @@ class Display:
             self._start(event)
         elif kind == "step":
             self._step(event)
-        line = describe(event)
+        elif kind == "validation":
+            self._validation.append(event["loss"])
+        line = self._summary(event) if kind == "end" else describe(event)
         if line and self._bar is not None and self._log is not None:
             self._bar.write(line)
             self._log.write(line + "\n")
@@ -215,6 +220,8 @@ class Display:
             unit="step",
             dynamic_ncols=True,
             smoothing=0.1,
+            # A file or a pipe gets a line now and then instead of a picture that moves.
+            mininterval=0.1 if sys.stderr.isatty() else 10,
             bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]"
             "{postfix}",
         )
@@ -222,6 +229,7 @@ class Display:
     def _step(self, event: dict[str, Any]) -> None:
         if self._bar is None:
             return
+        self._last_step = event
         loss = event["loss"]
         # A running mean: the loss of one batch says little.
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
@@ -231,6 +239,20 @@ class Display:
             refresh=False,
         )
         self._bar.update(event["step"] - self._bar.n)
+
+
+    def _summary(self, event: dict[str, Any]) -> str | None:
+        """What a run came to, in one line."""
+        if self._last_step is None or self._bar is None:
+            return None
+        minutes, seconds = divmod(round(self._bar.format_dict["elapsed"]), 60)
+        parts = [f"step {event['step']} after {minutes}:{seconds:02d}", f"loss {self._loss:.3f}"]
+        if self._validation:
+            first, last = self._validation[0], self._validation[-1]
+            parts.append(f"validation loss {first:.3f} -> {last:.3f}")
+        parts.append(f"{self._last_step['tokens_per_second']:.0f} trained tokens/s")
+        parts.append(f"peak memory {self._last_step['peak_memory_bytes'] / 1e9:.2f} GB")
+        return f"{event['reason'].capitalize()}: {', '.join(parts)}"
 
 
 def describe(event: dict[str, Any]) -> str | None:

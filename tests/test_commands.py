@@ -184,10 +184,11 @@ def test_full_disk_keeps_the_last_state_and_resume_goes_on(chat_file, capsys, mo
 
     def disk_usage(path):
         calls.append(path)
-        return usage(0 if len(calls) > 1 else 10**12)
+        # At the start, for the first checkpoint, for the adapter, and then no more.
+        return usage(0 if len(calls) > 2 else 10**12)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dora_mlx.atomic.shutil.disk_usage", disk_usage)
+        patch.setattr("shutil.disk_usage", disk_usage)
         assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 1
     errors = capsys.readouterr().err
     assert "the disk is full" in errors
@@ -198,6 +199,21 @@ def test_full_disk_keeps_the_last_state_and_resume_goes_on(chat_file, capsys, mo
     assert not list(run.glob(".*partial*"))
     assert train.main(["--resume", "r"]) == 0
     assert [e["step"] for e in read_events(run) if e["event"] == "step"] == [1, 2, 3, 4]
+
+
+def test_too_small_a_disk_is_refused_before_the_run_starts(chat_file, capsys, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**6))
+    assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 2
+    assert "MB for checkpoints and has 1 MB free" in one_sentence_error(capsys)
+    assert not Path("runs").exists()
+
+
+def test_unknown_flag_is_one_sentence_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--learning-rat", "1e-3"])
+    assert end.value.code == 2
+    assert "did you mean --learning-rate?" in one_sentence_error(capsys)
 
 
 def test_write_error_of_mlx_is_not_a_traceback(chat_file, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from typing import cast
 import mlx.core as mx
 
 from dora_mlx.atomic import flush_to_disk, save_arrays
+from dora_mlx.errors import UserError
 
 KEPT = 2
 _PREFIX = "step_"
@@ -62,6 +63,23 @@ def save_checkpoint(folder: Path, arrays: dict[str, mx.array], progress: Progres
     for old in _newest_first(folder)[KEPT:]:
         shutil.rmtree(old)
     return target
+
+
+def check_space(folder: Path, trainable_bytes: int) -> None:
+    """Refuse to start a run whose checkpoints will not fit on the disk of ``folder``.
+
+    Raises:
+        UserError: Saying how much is needed and how much is free.
+    """
+    # A checkpoint has the parameters and two moments each; one more is written before the
+    # oldest goes. The adapter is replaced in the same way.
+    needed = trainable_bytes * (3 * (KEPT + 1) + 2)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} needs {needed / 1e6:.0f} MB for checkpoints and has {free / 1e6:.0f} MB "
+            "free. Free some space, or choose another place by --runs-dir."
+        )
 
 
 def load_newest_checkpoint(

@@ -22,7 +22,7 @@ from dora_mlx.kernels.frozen_product import parameter_count
 from dora_mlx.loading import LoadedModel, fingerprint, load_base
 from dora_mlx.registry import resolve, samples_dir
 from dora_mlx.run_folder import RunFolder
-from dora_mlx.training.checkpoints import load_newest_checkpoint
+from dora_mlx.training.checkpoints import check_space, load_newest_checkpoint
 from dora_mlx.training.events import EventLog, Listener
 from dora_mlx.training.loop import Trainer
 
@@ -75,6 +75,8 @@ def finetune(
     else:
         with folder.creating(overwrite):
             prepared = _prepare(config)
+            arrays = trainable_arrays(prepared.base.model).values()
+            check_space(folder.path, sum(array.nbytes for array in arrays))
             folder.write_config(prepared.description)
     with folder.lock(), EventLog(folder.path, listener) as log:
         trainer = _trainer(prepared, folder, log)
