@@ -164,7 +164,9 @@ def test_accumulation_does_not_change_loss_or_update(chat_file, tmp_path):
     one, other = final_arrays(runs[8]), final_arrays(runs[2])
     for name, array in one.items():
         if name.startswith("model."):
-            assert mx.allclose(array, other[name], rtol=1e-3, atol=2e-5), name
+            # Adam's steps are of 1e-3 whatever the gradient's size, so rounding turns a few of
+            # those with a gradient near zero around; a wrong weighting would turn most.
+            assert mx.abs(array - other[name]).mean().item() < 2e-5, name
 
 
 @pytest.mark.parametrize("stop", [1, 3])

@@ -22,6 +22,7 @@ from dora_mlx.layers.dora import hoisted_norms
 from dora_mlx.training.checkpoints import Progress, save_checkpoint
 from dora_mlx.training.events import EventLog
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
+from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import best_loss
 from dora_mlx.training.optimizer import AdapterAdam
 from dora_mlx.training.schedule import learning_rate_at
@@ -165,7 +166,7 @@ class Trainer:
         total: Any = None
         recompute = checkpointed_blocks if self.config.grad_checkpoint else nullcontext
         # The norms depend on parameters that do not change before the update.
-        with hoisted_norms(self.model), recompute(self.model):
+        with hoisted_norms(self.model), lean_backward(), recompute(self.model):
             for batch in micro_batches:
                 part, gradients = self._loss_and_gradients(self.model, batch)
                 loss = loss + part

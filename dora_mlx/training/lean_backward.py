@@ -1,0 +1,139 @@
+"""Keep for the backward what is dear to recompute, and recompute what is cheap.
+
+Autodiff keeps every intermediate array. The results of matrix products are worth it; attention
+probabilities (``[batch, heads, length, length]`` in every layer) and the insides of activation
+functions are not: they cost a fraction of a block to compute again and most of its memory to keep.
+Inside ``lean_backward`` the functions that mlx-lm's models call for them keep their inputs only.
+A model that computes attention or its activation by other means runs as it always does.
+
+Attention in chunks of queries: the backward of flash attention (arXiv 2205.14135, section 3.1),
+with MLX's own operations.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import activations
+
+# Queries per chunk of the attention's backward; fewer save nothing that matters.
+QUERIES_PER_CHUNK = 128
+
+_attention = mx.fast.scaled_dot_product_attention
+
+
+@contextmanager
+def lean_backward() -> Iterator[None]:
+    """Within the block, models keep no attention probabilities and no insides of activations.
+
+    Works by standing in for the functions the models look up while they run, in this process.
+    """
+    substitutes: list[tuple[Any, str, Any]] = [
+        (mx.fast, "scaled_dot_product_attention", lean_attention),
+        *((nn, name, recomputed(getattr(nn, name))) for name in ("silu", "gelu", "gelu_approx")),
+    ]
+    # Models import swiglu by name, so each has a reference of its own.
+    swiglu = recomputed(activations.swiglu)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlx_lm.models.") and vars(module).get("swiglu") is activations.swiglu:
+            substitutes.append((module, "swiglu", swiglu))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in substitutes]
+    for owner, name, substitute in substitutes:
+        setattr(owner, name, substitute)
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def recomputed(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """``function`` of arrays, computed again in the backward from its inputs alone."""
+
+    @mx.custom_function
+    def forward(*inputs: mx.array) -> mx.array:
+        return function(*inputs)
+
+    @forward.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        inputs = list(primals) if isinstance(primals, tuple | list) else [primals]
+        gradients = mx.vjp(function, _later(inputs, cotangent), [cotangent])[1]
+        return tuple(gradients) if len(gradients) > 1 else gradients[0]
+
+    @wraps(function)
+    def call(*inputs: mx.array) -> mx.array:
+        return cast(mx.array, forward(*inputs))
+
+    return call
+
+
+def lean_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, *, mask: Any = None, **options: Any
+) -> mx.array:
+    """``mx.fast.scaled_dot_product_attention`` that keeps its inputs and recomputes the rest.
+
+    Args:
+        queries: ``[batch, heads, length, head_dim]``.
+        keys: ``[batch, key_heads, key_length, head_dim]``.
+        values: ``[batch, key_heads, key_length, value_dim]``.
+        mask: ``None``, ``"causal"``, or an array ``[..., length or 1, key_length]``.
+        **options: As for the original; with ``sinks`` the original runs as it is.
+    """
+    if options.get("sinks") is not None:
+        return _attention(queries, keys, values, mask=mask, **options)
+
+    @mx.custom_function
+    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        return _attention(queries, keys, values, mask=mask, **options)
+
+    @forward.vjp
+    def backward(
+        primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, ...]:
+        queries, keys, values = _later(list(primals), cotangent)
+        d_queries: list[mx.array] = []
+        d_keys, d_values = mx.zeros_like(keys), mx.zeros_like(values)
+        for start in range(0, queries.shape[2], QUERIES_PER_CHUNK):
+            rows = slice(start, start + QUERIES_PER_CHUNK)
+            seen, part = _visible(mask, rows, queries.shape[2], keys.shape[2])
+
+            def chunk(q: mx.array, k: mx.array, v: mx.array, part: Any = part) -> mx.array:
+                return _attention(q, k, v, mask=part, **options)
+
+            q, d = queries[:, :, rows], cotangent[:, :, rows]
+            if d_queries:
+                # One chunk at a time: its probabilities go before the next one's come.
+                (q,) = mx.depends([q], [d_keys, d_values])
+            inputs = [q, keys[:, :, :seen], values[:, :, :seen]]
+            d_q, d_k, d_v = mx.vjp(chunk, inputs, [d])[1]
+            d_queries.append(d_q)
+            d_keys = d_keys.at[:, :, :seen].add(d_k)
+            d_values = d_values.at[:, :, :seen].add(d_v)
+        return mx.concatenate(d_queries, axis=2), d_keys, d_values
+
+    return cast(mx.array, forward(queries, keys, values))
+
+
+def _visible(mask: Any, rows: slice, length: int, key_length: int) -> tuple[int, Any]:
+    """How many keys the queries in ``rows`` may see, and their part of the mask."""
+    stop = min(rows.stop, length)
+    if isinstance(mask, str):
+        # Keys before the first query come from a cache and are seen by all.
+        offset = key_length - length
+        position = mx.arange(rows.start, stop)[:, None] + offset
+        return stop + offset, mx.arange(stop + offset)[None] <= position
+    if mask is None or mask.shape[-2] == 1:
+        return key_length, mask
+    return key_length, mask[..., rows, :]
+
+
+def _later(arrays: list[mx.array], cotangent: mx.array) -> list[mx.array]:
+    """The same arrays, available only when the backward has come this far.
+
+    Otherwise mx.compile finds the forward's operations again and keeps their results after all.
+    """
+    return cast(list[mx.array], mx.depends(arrays, [cotangent]))

@@ -1,0 +1,151 @@
+"""The lean backward gives autodiff's gradients from less memory, for every kind of block."""
+
+from importlib import import_module
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from dora_mlx.adapters.attach import attach
+from dora_mlx.training.lean_backward import lean_attention, lean_backward, recomputed
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 97,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+MODELS = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    "phi3": {"num_key_value_heads": 4},
+    "starcoder2": {"norm_epsilon": 1e-5},
+}
+
+
+def tiny(name, **sizes):
+    mx.random.seed(0)
+    module = import_module(f"mlx_lm.models.{name}")
+    values = {"model_type": name, **SIZES, **MODELS[name], **sizes}
+    model = module.Model(module.ModelArgs.from_dict(values))
+    attach(model, "dora", rank=4)
+    for _, layer in model.named_modules():
+        if "lora_b" in layer:
+            layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+    mx.eval(model.parameters())
+    return model
+
+
+def gradients(model, tokens):
+    def objective(model, tokens):
+        return mx.square(model(tokens)).mean()
+
+    loss, grads = nn.value_and_grad(model, objective)(model, tokens)
+    mx.eval(loss, grads)
+    return loss.item(), dict(tree_flatten(grads))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_whole_models_are_those_of_autodiff(name, monkeypatch):
+    # Chunks of 8 queries, of which the last is not full.
+    monkeypatch.setattr("dora_mlx.training.lean_backward.QUERIES_PER_CHUNK", 8)
+    model, tokens = tiny(name), mx.arange(2 * 21).reshape(2, 21)
+    expected_loss, expected = gradients(model, tokens)
+    with lean_backward():
+        loss, actual = gradients(model, tokens)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for key, gradient in expected.items():
+        tolerance = 2e-5 * mx.abs(gradient).max().item() + 1e-9
+        assert mx.abs(gradient - actual[key]).max().item() <= tolerance, key
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["none", "causal", "causal-cache", "boolean", "additive", "row"])
+def test_attention_gradients_with_every_mask(kind, key_heads, monkeypatch):
+    monkeypatch.setattr("dora_mlx.training.lean_backward.QUERIES_PER_CHUNK", 4)
+    mx.random.seed(0)
+    length, key_length = 11, 15 if kind == "causal-cache" else 11
+    q = mx.random.normal((2, 4, length, 8))
+    k, v = (mx.random.normal((2, key_heads, key_length, 8)) for _ in range(2))
+    d = mx.random.normal(q.shape)
+    mask = {
+        "none": None,
+        "boolean": mx.random.uniform(shape=(2, 1, length, key_length)) < 0.8,
+        "additive": mx.random.normal((length, key_length)),
+        "row": mx.random.normal((1, 1, 1, key_length)),
+    }.get(kind, "causal")
+
+    def through(function):
+        return mx.grad(
+            lambda q, k, v: (function(q, k, v, scale=0.3, mask=mask) * d).sum(), argnums=(0, 1, 2)
+        )(q, k, v)
+
+    for ours, theirs in zip(
+        through(lean_attention), through(mx.fast.scaled_dot_product_attention), strict=True
+    ):
+        assert mx.allclose(ours, theirs, atol=1e-5)
+
+
+def test_recomputed_function_keeps_value_and_gradients():
+    def function(x, y):
+        return mx.sin(x) * mx.exp(y)
+
+    x, y = mx.random.normal((5,)), mx.random.normal((5,))
+    grads = [
+        mx.grad(lambda x, y, f=f: f(x, y).sum(), argnums=(0, 1))(x, y)
+        for f in (function, recomputed(function))
+    ]
+    for plain, again in zip(*grads, strict=True):
+        assert mx.array_equal(plain, again)
+    single = mx.grad(lambda x: recomputed(nn.silu)(x).sum())(x)
+    assert mx.allclose(single, mx.grad(lambda x: nn.silu(x).sum())(x))
+
+
+def test_a_deep_model_trains_in_far_less_memory():
+    model = tiny("llama", num_hidden_layers=6, max_position_embeddings=512)
+    tokens = mx.arange(2 * 256).reshape(2, 256) % 97
+
+    def peak():
+        gradients(model, tokens)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        # The CPU backend runs some tasks ahead unless memory is short, which hides the need.
+        limit = mx.set_memory_limit(before + 2**20)
+        mx.reset_peak_memory()
+        gradients(model, tokens)
+        mx.set_memory_limit(limit)
+        return mx.get_peak_memory() - before
+
+    plain = peak()
+    with lean_backward():
+        lean = peak()
+    assert lean < 0.6 * plain
+
+
+def test_everything_is_put_back():
+    from mlx_lm.models import activations, llama
+
+    before = (mx.fast.scaled_dot_product_attention, nn.silu, llama.swiglu)
+    with lean_backward():
+        assert llama.swiglu is not before[2]
+        assert mx.fast.scaled_dot_product_attention is not before[0]
+    assert (mx.fast.scaled_dot_product_attention, nn.silu, llama.swiglu) == before
+
+    def fail():
+        with lean_backward():
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert (mx.fast.scaled_dot_product_attention, nn.silu, llama.swiglu) == before
+    assert activations.swiglu is llama.swiglu
