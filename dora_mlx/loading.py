@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_mlx.errors import UserError
+from dora_mlx.model_config import Config, read_json, rope_base, rope_parameters, rope_scaling
 
 if TYPE_CHECKING:
     from mlx.nn.layers.base import Module
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-Config = dict[str, Any]
 
 # Published configurations of these types leave the base to the class default of Transformers,
 # which equals mlx-lm's.
@@ -52,7 +51,7 @@ def load_base(path: Path) -> LoadedModel:
         UserError: If a file is missing, broken or cut short, the architecture is not one of
             mlx-lm's, the RoPE base is unknown, or tensors are missing or left over.
     """
-    config = _read_json(path, "config.json")
+    config = read_json(path / "config.json")
     files = _weight_files(path)
     for file in files:
         _read_header(file)
@@ -72,7 +71,7 @@ def fingerprint(path: Path) -> str:
     unseen; a re-trained, re-quantized or re-shaped model does not. The tokenizer is not covered.
     """
     digest = hashlib.sha256()
-    _read_json(path, "config.json")
+    read_json(path / "config.json")
     digest.update((path / "config.json").read_bytes())
     for file in _weight_files(path):
         header, start = _read_header(file)
@@ -84,18 +83,6 @@ def fingerprint(path: Path) -> str:
                 stream.seek(start + (last - start) * sample // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _read_json(path: Path, name: str) -> Config:
-    try:
-        content = json.loads((path / name).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not a model folder: it has no {name}.") from error
-    except ValueError as error:
-        raise UserError(f"{path / name} is broken: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path / name} is broken: expected a JSON object.")
-    return content
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -188,8 +175,9 @@ def _inner_arguments_class(config: Config) -> type | None:
 def _rope_overrides(config: Config, fields: set[str], path: Path) -> Config:
     if "rope_theta" not in fields:
         return {}
-    full, sliding = _rope_parameters(config)
-    theta = _one_value(config, "rope_theta", full, path)
+    where = str(path / "config.json")
+    full, sliding = rope_parameters(config)
+    theta = rope_base(config, "rope_theta", full, where)
     if theta is None and config["model_type"] not in _BASE_LEFT_TO_DEFAULT:
         raise UserError(
             f"{path / 'config.json'} gives no RoPE base, and a guess would train a broken model: "
@@ -197,12 +185,12 @@ def _rope_overrides(config: Config, fields: set[str], path: Path) -> Config:
         )
     found = {
         "rope_theta": theta,
-        "rope_scaling": _scaling(full),
+        "rope_scaling": rope_scaling(full),
         "partial_rotary_factor": full.get("partial_rotary_factor"),
         "original_max_position_embeddings": full.get("original_max_position_embeddings"),
     }
     if "rope_local_base_freq" in fields:
-        found["rope_local_base_freq"] = _one_value(config, "rope_local_base_freq", sliding, path)
+        found["rope_local_base_freq"] = rope_base(config, "rope_local_base_freq", sliding, where)
     elif sliding and not _can_share(config["model_type"], full, sliding):
         raise UserError(
             f"{path / 'config.json'} gives full and sliding attention different RoPE parameters, "
@@ -215,43 +203,12 @@ def _rope_overrides(config: Config, fields: set[str], path: Path) -> Config:
     }
 
 
-def _rope_parameters(config: Config) -> tuple[Config, Config]:
-    """``rope_parameters`` of full-attention layers and, when they differ, of sliding ones."""
-    parameters = config.get("rope_parameters") or {}
-    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
-    if not by_layer:
-        return parameters, {}
-    full = parameters.get("full_attention") or by_layer[0]
-    return full, parameters.get("sliding_attention") or {}
-
-
-def _one_value(config: Config, name: str, parameters: Config, path: Path) -> Any:
-    """The base that the old form (``name``) and the new one agree on, or the one given."""
-    old, new = config.get(name), parameters.get("rope_theta")
-    if old is not None and new is not None and old != new:
-        raise UserError(
-            f"{path / 'config.json'} says {name} {old} but rope_parameters {new}: "
-            "remove the wrong one."
-        )
-    return new if old is None else old
-
-
 def _can_share(model_type: str, full: Config, sliding: Config) -> bool:
     """Whether an architecture with one set of RoPE parameters serves both kinds of layer."""
     if full.get("rope_theta") != sliding.get("rope_theta"):
         return False
-    unscaled = model_type in _SLIDING_UNSCALED and _scaling(sliding) is None
-    return unscaled or _scaling(full) == _scaling(sliding)
-
-
-def _scaling(parameters: Config) -> Config | None:
-    """``rope_scaling`` in mlx-lm's form, or ``None`` for plain RoPE."""
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        return None
-    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    # Half of mlx-lm's architectures read one name and half the other.
-    return {**rest, "type": kind, "rope_type": kind}
+    unscaled = model_type in _SLIDING_UNSCALED and rope_scaling(sliding) is None
+    return unscaled or rope_scaling(full) == rope_scaling(sliding)
 
 
 def _check_arguments(arguments: Any, config: Config, path: Path) -> None:
@@ -335,7 +292,7 @@ def _load_tokenizer(path: Path, config: Config) -> "TokenizerWrapper":
     from mlx_lm.utils import load_tokenizer
 
     if (path / "tokenizer.json").exists():
-        _read_json(path, "tokenizer.json")
+        read_json(path / "tokenizer.json")
     try:
         return load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except (OSError, ValueError, KeyError, TypeError) as error:

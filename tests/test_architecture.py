@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "dora_mlx"
 
 # A module may import from its own layer and from those above it, never from one below.
 LAYERS = [
-    ("errors", "blas", "atomic", "config"),
+    ("errors", "blas", "atomic", "config", "model_config"),
     ("registry", "run_folder", "command_line"),
     ("kernels",),
     ("layers", "loading"),

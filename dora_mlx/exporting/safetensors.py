@@ -11,10 +11,11 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting.checkpoint import read_json, read_rope
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.precision import encode
+from dora_mlx.exporting.rope import read_rope
 from dora_mlx.exporting.staging import Progress, byte_counter, staged_folder
+from dora_mlx.model_config import read_json
 
 MAX_SHARD_BYTES = 4 * 10**9
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}

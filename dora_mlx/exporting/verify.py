@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import dora_mlx
-from dora_mlx.exporting.checkpoint import read_json
 from dora_mlx.exporting.gguf.architectures import rope_frequency_factors
 from dora_mlx.exporting.gguf.write import DTYPES, ROPE_FACTORS, plan_file, tensor_types
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.precision import encode
+from dora_mlx.model_config import read_json
 
 # Root mean square of the logit difference over the spread of the logits. Rounding stays an order
 # of magnitude below; one wrong tensor, permutation or frequency is an order of magnitude above.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting.checkpoint import Rope, read_rope
+from dora_mlx.exporting.rope import Rope, read_rope
 
 ROPE_KINDS = ("default", "linear", "llama3")
 

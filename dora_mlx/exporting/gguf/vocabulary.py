@@ -13,8 +13,8 @@ from gguf import TokenType
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting.checkpoint import read_json, read_json_if_there
 from dora_mlx.exporting.gguf.pretokenizer import find_pretokenizer
+from dora_mlx.model_config import read_json, read_json_if_there
 
 # llama.cpp ends a turn at tokens with these texts without being told.
 _KNOWN_STOPS = {

@@ -12,7 +12,6 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting.checkpoint import read_json
 from dora_mlx.exporting.gguf.architectures import (
     Architecture,
     Hyperparameters,
@@ -26,6 +25,7 @@ from dora_mlx.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.precision import encode
 from dora_mlx.exporting.staging import Progress, byte_counter, staged_file
+from dora_mlx.model_config import read_json
 
 DTYPES = {
     "f16": (mx.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
