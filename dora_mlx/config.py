@@ -41,11 +41,12 @@ class TrainConfig:
     )
     data: str | None = knob(
         None,
-        "JSONL file, or folder with train.jsonl and maybe valid.jsonl and test.jsonl. "
+        "File (JSONL, JSON, CSV, TSV, Parquet or text, also gzip), folder with train.* and maybe "
+        "valid.* and test.*, or hub:owner/name. "
         "Default: the sample that comes with the starter model.",
     )
     valid_data: str | None = knob(
-        None, "JSONL file to validate on. Default: a part of the data, see --valid-fraction."
+        None, "Data to validate on. Default: a part of the data, see --valid-fraction."
     )
     valid_fraction: float = knob(
         0.1,
@@ -54,13 +55,41 @@ class TrainConfig:
         maximum=0.5,
         advanced=True,
     )
+    data_form: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text"] = (
+        knob("auto", "Form of the rows. Default: found from the columns.", advanced=True)
+    )
+    columns: tuple[str, ...] = knob(
+        (),
+        "Columns under other names, as KNOWN=NAME: prompt=question completion=answer.",
+        advanced=True,
+    )
+    skip_bad_rows: bool = knob(
+        False, "Leave bad rows out and say how many, instead of stopping.", advanced=True
+    )
+    train_on: Literal["all", "last"] = knob(
+        "all",
+        "Answers of a conversation that are learned: all of them, or only the last.",
+        advanced=True,
+    )
     mask_prompt: bool = knob(
         True, "Train on the assistant's turns only, not on what the user says.", advanced=True
     )
     max_seq_length: int = knob(
         2048,
-        "Longest example in tokens; what is longer is cut at the end.",
+        "Longest example in tokens; see --long-examples.",
         minimum=8,
+        advanced=True,
+    )
+    long_examples: Literal["truncate", "truncate-prompt", "drop", "split"] = knob(
+        "truncate",
+        "What happens to longer examples: cut at the end, cut at the start of the prompt, left "
+        "out, or split into several.",
+        advanced=True,
+    )
+    pack: bool = knob(
+        False,
+        "Put short examples end to end in rows of --max-seq-length tokens; their attention stays "
+        "apart. --batch-size then counts rows.",
         advanced=True,
     )
     method: Literal["dora", "lora", "full"] = knob(
@@ -116,6 +145,19 @@ class TrainConfig:
         minimum=0,
         maximum=1,
     )
+    optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = knob(
+        "adamw",
+        "Optimizer. Lion and Muon want a lower learning rate, SGD a higher one.",
+        advanced=True,
+    )
+    weight_decay: float = knob(
+        0.0,
+        "Share of every matrix removed per step, times the learning rate; magnitudes, norms and "
+        "biases never decay.",
+        minimum=0,
+        maximum=1,
+        advanced=True,
+    )
     magnitude_lr_ratio: float = knob(
         1.0,
         "Learning rate of the DoRA magnitudes, as a multiple of --learning-rate.",
@@ -150,6 +192,12 @@ class TrainConfig:
     )
     steps_per_eval: int = knob(
         50, "Optimizer steps between two validations.", minimum=1, advanced=True
+    )
+    patience: int | None = knob(
+        None,
+        "Stop after this many validations in a row without a new best one. Default: never.",
+        minimum=1,
+        advanced=True,
     )
     steps_per_save: int = knob(
         50, "Optimizer steps between two checkpoints.", minimum=1, advanced=True

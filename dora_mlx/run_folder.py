@@ -53,6 +53,16 @@ class RunFolder:
         """``log.txt``."""
         return self.path / "log.txt"
 
+    @property
+    def stop_file(self) -> Path:
+        """``stop``: while it is there, training ends at the next step with everything saved."""
+        return self.path / "stop"
+
+    @property
+    def pause_file(self) -> Path:
+        """``pause``: while it is there, training waits before the next step."""
+        return self.path / "pause"
+
     def write_config(self, config: dict[str, Any]) -> None:
         """Replace ``config.json``."""
         write_text(self.config_file, json.dumps(config, indent=2) + "\n")

@@ -1,7 +1,9 @@
 """``python -m dora_mlx.train``: fine-tune a model on a chat file."""
 
 import argparse
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
     elsewhere = arguments.runs_dir != Path(DEFAULT_RUNS_DIR)
     where = f" --runs-dir {arguments.runs_dir}" if elsewhere else ""
     try:
-        with _stopping() as stop, Display(folder) as display:
+        with _staying_awake(), _stopping() as stop, Display(folder) as display:
             reason = finetune(
                 config,
                 folder,
@@ -142,7 +144,9 @@ def _what_to_train(arguments: argparse.Namespace) -> tuple[TrainConfig, RunFolde
 
 def _absolute(path: str | None) -> str | None:
     """A path that still holds when the run is resumed from another folder."""
-    return None if path is None else str(Path(path).expanduser().absolute())
+    if path is None or path.startswith("hub:"):
+        return path
+    return str(Path(path).expanduser().absolute())
 
 
 def _absolute_if_there(model: str) -> str:
@@ -170,6 +174,20 @@ def _stopping() -> Iterator[_StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _staying_awake() -> Iterator[None]:
+    """Keep a Mac from falling asleep as long as this process trains."""
+    if sys.platform != "darwin":
+        yield
+        return
+    # -w ends it with this process, also after a kill.
+    caffeinate = subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())])
+    try:
+        yield
+    finally:
+        caffeinate.terminate()
 
 
 class Display:
@@ -240,7 +258,6 @@ class Display:
         )
         self._bar.update(event["step"] - self._bar.n)
 
-
     def _summary(self, event: dict[str, Any]) -> str | None:
         """What a run came to, in one line."""
         if self._last_step is None or self._bar is None:
@@ -252,7 +269,8 @@ class Display:
             parts.append(f"validation loss {first:.3f} -> {last:.3f}")
         parts.append(f"{self._last_step['tokens_per_second']:.0f} trained tokens/s")
         parts.append(f"peak memory {self._last_step['peak_memory_bytes'] / 1e9:.2f} GB")
-        return f"{event['reason'].capitalize()}: {', '.join(parts)}"
+        reason = event["reason"].replace("_", " ").capitalize()
+        return f"{reason}: {', '.join(parts)}"
 
 
 def describe(event: dict[str, Any]) -> str | None:

@@ -22,6 +22,8 @@ OTHER = {
     "schedule": "linear",
     "model": "other",
     "rslora": True,
+    "optimizer": "lion",
+    "patience": 3,
     "grad_checkpoint": True,
 }
 

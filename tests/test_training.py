@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 import dora_mlx.training.loop as loop
 from dora_mlx.adapters.adapter_folder import trainable_arrays
@@ -26,6 +26,7 @@ from dora_mlx.training.events import read_events
 from dora_mlx.training.finetune import finetune
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.loss import plain_loss_sum
+from dora_mlx.training.optimizer import GroupedOptimizer
 from dora_mlx.training.schedule import learning_rate_at
 
 
@@ -381,3 +382,74 @@ def test_rslora_and_rank_overrides_survive_the_run_folder(chat_file, run):
 def test_wrong_targets_are_explained_with_what_there_is(starter, options, message):
     with pytest.raises(UserError, match=message):
         attach(starter.model, "dora", **options)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "adafactor", "lion", "muon", "sgd"])
+def test_every_optimizer_learns_and_resumes_bit_for_bit(chat_file, tmp_path, optimizer):
+    rate = {"lion": 5e-4, "sgd": 0.1, "muon": 2e-3}.get(optimizer, 2e-3)
+    config = quick(chat_file, optimizer=optimizer, learning_rate=rate, num_layers=None)
+    whole, parts = RunFolder(tmp_path / "runs/whole"), RunFolder(tmp_path / "runs/parts")
+    finetune(config, whole)
+    finetune(config, parts, should_stop=StopAfter(2))
+    finetune(TrainConfig.from_file(parts.config_file), parts, resume=True)
+    validation = [e["loss"] for e in read_events(whole.path) if e["event"] == "validation"]
+    assert validation[-1] < validation[0]
+    assert losses(parts) == losses(whole)
+    assert same_arrays(final_arrays(parts), final_arrays(whole))
+
+
+def test_weight_decay_spares_magnitudes_and_norms(starter):
+    attach(starter.model, "full")
+    zero = tree_map(mx.zeros_like, starter.model.trainable_parameters())
+    before = dict(tree_flatten(starter.model.parameters()))
+    optimizer = GroupedOptimizer("adamw", starter.model.trainable_parameters(), weight_decay=0.5)
+    optimizer.update(starter.model, zero, learning_rate=0.1)
+    after = dict(tree_flatten(starter.model.parameters()))
+    matrix, norm = "model.layers.0.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"
+    assert mx.allclose(after[matrix], 0.95 * before[matrix])
+    assert mx.array_equal(after[norm], before[norm])
+
+
+def test_weight_decay_without_an_optimizer_for_it_is_refused(chat_file, run):
+    with pytest.raises(UserError, match="use adamw"):
+        finetune(quick(chat_file, optimizer="adam", weight_decay=0.1), run)
+
+
+def test_early_stop_keeps_the_best_and_counts_over_a_resume(chat_file, run):
+    # Far too high a rate: the first validation is the best one.
+    config = quick(chat_file, steps=40, learning_rate=1.0, steps_per_eval=1, patience=3)
+    finetune(config, run, should_stop=StopAfter(2))
+    assert finetune(TrainConfig.from_file(run.config_file), run, resume=True) == "early_stopped"
+    events = read_events(run.path)
+    validation = [e["loss"] for e in events if e["event"] == "validation" and e["step"] > 0]
+    assert min(validation) not in validation[-3:]
+    assert len(validation) < 40
+    assert events[-1]["reason"] == "early_stopped"
+
+
+def test_stop_file_ends_the_run_and_a_resume_goes_on(chat_file, run):
+    def stop_at_2(event):
+        if event["event"] == "step" and event["step"] == 2:
+            run.stop_file.touch()
+
+    assert finetune(quick(chat_file), run, listener=stop_at_2) == "stopped"
+    assert len(losses(run)) == 2
+    assert finetune(TrainConfig.from_file(run.config_file), run, resume=True) == "completed"
+
+
+def test_pause_file_makes_the_run_wait(chat_file, run, monkeypatch):
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            run.pause_file.unlink()
+
+    def pause_at_2(event):
+        if event["event"] == "step" and event["step"] == 2:
+            run.pause_file.touch()
+
+    monkeypatch.setattr("dora_mlx.training.finetune.time.sleep", sleep)
+    assert finetune(quick(chat_file), run, listener=pause_at_2) == "completed"
+    assert len(waited) == 3
+    assert len(losses(run)) == 4

@@ -29,12 +29,14 @@ class Progress:
     """Where a run stands after ``step`` optimizer steps.
 
     ``tokens`` counts the trained tokens so far; ``best_loss`` is the lowest validation loss
-    (``None`` before the first); ``skipped_in_a_row`` counts steps with a non-finite loss.
+    (``None`` before the first) and ``validations_since_best`` how many followed it;
+    ``skipped_in_a_row`` counts steps with a non-finite loss.
     """
 
     step: int = 0
     tokens: int = 0
     best_loss: float | None = None
+    validations_since_best: int = 0
     skipped_in_a_row: int = 0
 
 

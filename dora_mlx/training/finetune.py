@@ -1,7 +1,7 @@
 """The whole story of a training run on one page: options in, run folder out."""
 
-import hashlib
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,20 +15,22 @@ from dora_mlx.adapters.adapter_folder import trainable_arrays
 from dora_mlx.adapters.attach import AdapterSpec, attach
 from dora_mlx.config import TrainConfig
 from dora_mlx.data.batches import Batch, BatchStream, validation_batches
-from dora_mlx.data.examples import ExampleSet, make_examples
-from dora_mlx.data.records import find_data, read_records, split_records
+from dora_mlx.data.examples import ExampleSet
+from dora_mlx.data.preparation import PreparedData, prepare, source_of
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import parameter_count
-from dora_mlx.loading import LoadedModel, fingerprint, load_base
+from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
 from dora_mlx.registry import resolve, samples_dir
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.checkpoints import check_space, load_newest_checkpoint
 from dora_mlx.training.events import EventLog, Listener
 from dora_mlx.training.loop import Trainer
+from dora_mlx.training.packed_attention import why_not_packed
 
 SAMPLE = "pirate.jsonl"
 # Models below this size need, and stand, a higher learning rate.
 _SMALL_MODEL = 100_000_000
+_PAUSE_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class _Prepared:
     config: TrainConfig
     base: LoadedModel
     spec: AdapterSpec
-    train: ExampleSet
-    valid: ExampleSet
+    data: PreparedData
+    batches: BatchStream
+    packing_refused: str | None
     total_parameters: int
     description: dict[str, Any]
 
@@ -63,8 +66,11 @@ def finetune(
         listener: Called with every event as it is written.
         should_stop: Asked before every step; true ends the run with everything saved.
 
+    Another process stops the run by making its ``stop`` file, and makes it wait by its ``pause``
+    file.
+
     Returns:
-        ``completed`` or ``stopped``.
+        ``completed``, ``stopped`` or ``early_stopped``.
 
     Raises:
         UserError: For anything that is the person's to mend; nothing half-made stays behind.
@@ -87,7 +93,7 @@ def finetune(
         for message in _warnings(prepared, trainer, damaged):
             log.write("warning", step=trainer.progress.step, message=message)
         try:
-            reason = trainer.run(should_stop)
+            reason = trainer.run(lambda: _told_to_stop(folder, should_stop))
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             log.write("end", step=trainer.progress.step, reason=reason, message=str(error))
@@ -96,25 +102,35 @@ def finetune(
     return reason
 
 
+def _told_to_stop(folder: RunFolder, should_stop: Callable[[], bool]) -> bool:
+    """Whether to stop now; waits as long as the run is paused."""
+    while not should_stop():
+        if folder.stop_file.exists():
+            # Obeyed once: the run can be resumed.
+            folder.stop_file.unlink()
+            return True
+        if not folder.pause_file.exists():
+            return False
+        time.sleep(_PAUSE_POLL_S)
+    return True
+
+
 def _prepare(config: TrainConfig) -> _Prepared:
     """Read the data, load the model, attach the adapter and settle what was left open."""
-    data = Path(config.data) if config.data is not None else samples_dir() / SAMPLE
-    files = find_data(data, None if config.valid_data is None else Path(config.valid_data))
-    records = read_records(files.train)
-    if files.valid is None:
-        records, valid_records = split_records(records, config.valid_fraction, config.seed)
-    else:
-        valid_records = read_records(files.valid)
-    base = load_base(resolve(config.model))
-    train, valid = (
-        make_examples(part, base.tokenizer, config.max_seq_length, config.mask_prompt)
-        for part in (records, valid_records)
-    )
-    if not train.examples:
+    path = resolve(config.model)
+    source = source_of(config.data) if config.data is not None else samples_dir() / SAMPLE
+    # Bad data is reported before the weights are read.
+    data = prepare(config, source, load_tokenizer(path))
+    train, valid = data.train, data.valid
+    if not len(train.examples):
         raise UserError(
-            f"{files.train} has no example to train on: {len(records)} of its conversations are "
-            "for training and none has an answer within --max-seq-length tokens."
+            f"{data.files.train} has no example to train on: of its {data.reports[0].rows} rows "
+            "none that is for training has an answer within --max-seq-length tokens."
         )
+    base = load_base(path)
+    refused = why_not_packed(base.model) if config.pack else None
+    window = config.max_seq_length if config.pack and refused is None else None
+    batches = BatchStream(train.examples, config.batch_size, config.seed, window)
     total_parameters = parameter_count(base.model)
     mx.random.seed(config.seed)
     spec = attach(
@@ -128,13 +144,13 @@ def _prepare(config: TrainConfig) -> _Prepared:
         config.rslora,
         config.rank_overrides,
     )
-    settled = _settle(config, len(train.examples), total_parameters < _SMALL_MODEL)
+    settled = _settle(config, batches.rows, total_parameters < _SMALL_MODEL)
     description = {
         "options": settled.to_dict(),
         "model": {"path": str(base.path), "fingerprint": fingerprint(base.path)},
         "data": {
-            "files": [str(path) for path in (files.train, files.valid) if path is not None],
-            "fingerprint": _fingerprint_of_files(files.train, files.valid),
+            "files": [str(report.source) for report in data.reports],
+            "fingerprint": data.fingerprint,
         },
         "versions": {
             "dora-mlx": dora_mlx.__version__,
@@ -142,15 +158,15 @@ def _prepare(config: TrainConfig) -> _Prepared:
             "python": platform.python_version(),
         },
     }
-    return _Prepared(settled, base, spec, train, valid, total_parameters, description)
+    return _Prepared(settled, base, spec, data, batches, refused, total_parameters, description)
 
 
-def _settle(config: TrainConfig, examples: int, small_model: bool) -> TrainConfig:
+def _settle(config: TrainConfig, rows: int, small_model: bool) -> TrainConfig:
     """The options with those filled in that depend on the model and the data."""
     steps = config.steps
     if steps is None:
         per_step = config.batch_size * config.grad_accumulation_steps
-        steps = max(1, round(config.epochs * examples / per_step))
+        steps = max(1, round(config.epochs * rows / per_step))
     rate = config.learning_rate
     if rate is None:
         rate = 1e-3 if small_model else 2e-4
@@ -163,10 +179,15 @@ def _settle(config: TrainConfig, examples: int, small_model: bool) -> TrainConfi
 
 def _trainer(prepared: _Prepared, folder: RunFolder, log: EventLog) -> Trainer:
     config = prepared.config
-    validation: list[Batch] = validation_batches(prepared.valid.examples, config.batch_size)
-    batches = BatchStream(prepared.train.examples, config.batch_size, config.seed)
+    validation: list[Batch] = validation_batches(prepared.data.valid.examples, config.batch_size)
     return Trainer(
-        prepared.base.model, prepared.spec, config, batches, validation, folder.path, log
+        prepared.base.model,
+        prepared.spec,
+        config,
+        prepared.batches,
+        validation,
+        folder.path,
+        log,
     )
 
 
@@ -201,9 +222,9 @@ def _start_event(trainer: Trainer, prepared: _Prepared, resume: bool) -> dict[st
         "model": prepared.config.model,
         "method": prepared.config.method,
         "steps": trainer.steps,
-        "train_examples": len(prepared.train.examples),
-        "valid_examples": len(prepared.valid.examples),
-        "trained_tokens": prepared.train.trained_tokens,
+        "train_examples": len(prepared.data.train.examples),
+        "valid_examples": len(prepared.data.valid.examples),
+        "trained_tokens": prepared.data.train.trained_tokens,
         "trainable_parameters": trainable,
         "total_parameters": prepared.total_parameters,
         "device": str(mx.default_device().type).removeprefix("DeviceType."),
@@ -218,25 +239,51 @@ def _warnings(prepared: _Prepared, trainer: Trainer, damaged: list[Path]) -> lis
         messages.append(dora_mlx.blas_notice)
     if trainer.loss_notice:
         messages.append(trainer.loss_notice)
-    for kind, examples in (("training", prepared.train), ("validation", prepared.valid)):
-        if examples.truncated:
-            messages.append(
-                f"{examples.truncated} {kind} examples are longer than --max-seq-length "
-                f"{prepared.config.max_seq_length} and were cut at the end"
-            )
-        if examples.dropped:
-            messages.append(
-                f"{examples.dropped} {kind} examples have no answer within that length and are "
-                "left out"
-            )
-    if not prepared.valid.examples:
+    messages += _data_warnings(prepared)
+    if not len(prepared.data.valid.examples):
         messages.append("there is nothing to validate on, so the last adapter counts as the best")
     return messages
 
 
-def _fingerprint_of_files(*paths: Path | None) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        if path is not None:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+def _data_warnings(prepared: _Prepared) -> list[str]:
+    """What the reports of the data say, one sentence for each kind."""
+    messages: list[str] = []
+    for report in prepared.data.reports:
+        if report.bad_rows:
+            messages.append(
+                f"{report.bad_rows} bad rows of {report.source} are left out (--skip-bad-rows)"
+            )
+        if report.count("warning"):
+            messages.append(
+                f"{report.source} has {report.summary('warning')}; "
+                f"`python -m dora_mlx.check {report.source}` names each"
+            )
+        messages += [f"{report.source}: {notice}" for notice in report.notices]
+    sets = (("training", prepared.data.train), ("validation", prepared.data.valid))
+    for kind, examples in sets:
+        messages += _length_warnings(kind, examples, prepared.config)
+    if prepared.packing_refused is not None:
+        messages.append(f"examples are not packed: {prepared.packing_refused}")
+    return messages
+
+
+def _length_warnings(kind: str, examples: ExampleSet, config: TrainConfig) -> list[str]:
+    """How many examples were longer than the limit, and what was done about it."""
+    ways = {
+        "cut": "were cut at the start of the prompt"
+        if config.long_examples == "truncate-prompt"
+        else "were cut at the end",
+        "split": "were split",
+        "dropped": "are left out",
+    }
+    messages = [
+        f"{examples.counts[way]} {kind} examples are longer than --max-seq-length "
+        f"{config.max_seq_length} and {done}"
+        for way, done in ways.items()
+        if examples.counts.get(way)
+    ]
+    if examples.dropped:
+        messages.append(
+            f"{examples.dropped} {kind} examples have no answer within that length and are left out"
+        )
+    return messages

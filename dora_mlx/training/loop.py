@@ -24,7 +24,7 @@ from dora_mlx.training.events import EventLog
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import best_loss
-from dora_mlx.training.optimizer import AdapterAdam
+from dora_mlx.training.optimizer import GroupedOptimizer
 from dora_mlx.training.schedule import learning_rate_at
 
 # A run that meets this many steps in a row without a finite loss will not recover.
@@ -56,8 +56,10 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.optimizer = AdapterAdam(
+        self.optimizer = GroupedOptimizer(
+            self.config.optimizer,
             self.model.trainable_parameters(),
+            self.config.weight_decay,
             self.config.magnitude_lr_ratio,
             self.config.lora_b_lr_ratio,
         )
@@ -79,9 +81,9 @@ class Trainer:
         return self.config.learning_rate
 
     def run(self, should_stop: Callable[[], bool]) -> str:
-        """Train to the end or until ``should_stop``; returns ``completed`` or ``stopped``.
+        """Train to the end; returns ``completed``, ``stopped`` or ``early_stopped``.
 
-        The last state is in a checkpoint either way.
+        Before every step ``should_stop`` is asked. The last state is in a checkpoint in any case.
 
         Raises:
             UserError: After several steps in a row without a finite loss.
@@ -95,6 +97,8 @@ class Trainer:
             step = self.progress.step
             if step % self.config.steps_per_eval == 0 or step == self.steps:
                 self._validate()
+            if self._out_of_patience():
+                return self._finish("early_stopped")
             if step % self.config.steps_per_save == 0:
                 self._checkpoint()
         return self._finish("completed")
@@ -202,10 +206,19 @@ class Trainer:
                 tokens += batch.trained_tokens
         mean, best = loss / tokens, self.progress.best_loss
         self.log.write("validation", step=self.progress.step, loss=mean)
-        # Before the first step it is the base model that was measured.
-        if self.progress.step > 0 and (best is None or mean < best):
-            self.progress = replace(self.progress, best_loss=mean)
+        if self.progress.step == 0:
+            # The base model was measured, which is no candidate for the best adapter.
+            return
+        if best is None or mean < best:
+            self.progress = replace(self.progress, best_loss=mean, validations_since_best=0)
             save_adapter(self.folder, self.model, self.spec)
+        else:
+            since = self.progress.validations_since_best + 1
+            self.progress = replace(self.progress, validations_since_best=since)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.progress.validations_since_best >= patience
 
     def _finish(self, reason: str) -> str:
         self._checkpoint()
