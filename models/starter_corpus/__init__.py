@@ -1,0 +1,1 @@
+"""Seeded synthetic chat conversations for the starter model."""
