@@ -10,22 +10,47 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import weight_dtype, weight_rows, weight_shape
-from dora_mlx.layers.dora import DoRALinear
-from dora_mlx.layers.lora import LoRALinear, LowRankLinear
+from dora_mlx.kernels.frozen_product import (
+    is_quantized,
+    row_shape,
+    weight_dtype,
+    weight_rows,
+    weight_shape,
+    with_weight,
+)
+from dora_mlx.layers import (
+    DoRAEmbedding,
+    DoRALinear,
+    DoRASwitchLinear,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRASwitchLinear,
+)
+from dora_mlx.layers.lora import LowRankLayer
 
 Method = Literal["dora", "lora", "full"]
-_LAYERS: dict[str, type[LowRankLinear]] = {"dora": DoRALinear, "lora": LoRALinear}
+
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
+_SWITCH = (SwitchLinear, QuantizedSwitchLinear)
+_EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+# What can be adapted, and by which layers.
+_KINDS: list[tuple[tuple[type[nn.Module], ...], dict[str, type[LowRankLayer]]]] = [
+    (_LINEAR, {"dora": DoRALinear, "lora": LoRALinear}),
+    (_SWITCH, {"dora": DoRASwitchLinear, "lora": LoRASwitchLinear}),
+    (_EMBEDDING, {"dora": DoRAEmbedding, "lora": LoRAEmbedding}),
+]
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
     """What was put into a model, and all that is needed to do it again.
 
-    ``keys`` are the paths of the adapted layers inside a block, such as ``self_attn.q_proj``;
-    ``num_layers`` counts the adapted blocks from the last. The rest is as given to ``attach``.
+    ``keys`` are the paths of the adapted layers inside a block, such as ``self_attn.q_proj``, and
+    the full paths of those outside of the blocks, such as ``model.embed_tokens``; ``num_layers``
+    counts the adapted blocks from the last. The rest is as given to ``attach``.
     """
 
     method: Method
@@ -58,12 +83,14 @@ def attach(
 
     Args:
         model: An mlx-lm model: its transformer blocks are ``model.layers``.
-        method: ``dora`` or ``lora`` wraps linear layers; ``full`` unfreezes every weight and
+        method: ``dora`` or ``lora`` wraps layers; ``full`` unfreezes every weight and
             dequantizes a quantized model first.
         rank: Rank of the update.
         alpha: Strength of the update; its scale is alpha / rank.
         dropout: Probability of dropping an input of the low-rank path in training.
-        target_modules: Names or patterns of linear layers; empty means all of a block.
+        target_modules: Names or patterns of layers; empty means all linear layers of a block,
+            those of experts included. A pattern that matches nothing in the blocks is looked for
+            in the rest of the model: ``embed_tokens``, ``lm_head``.
         num_layers: How many blocks, counted from the last; ``None`` means all.
         rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
         rank_overrides: ``NAME=RANK`` for layers by name or pattern; the last match counts, and
@@ -83,25 +110,27 @@ def attach(
         _dequantize(model)
         model.unfreeze()
         return AdapterSpec(method, rank, alpha, dropout, (), num_layers)
-    keys = _matching_keys(blocks[-num_layers:], target_modules)
+    blocks = blocks[-num_layers:]
+    inside, outside = _matching_keys(model, blocks, target_modules)
+    keys = inside | outside
     ranks = dict.fromkeys(keys, rank) | _own_ranks(rank_overrides, keys)
-    for block in blocks[-num_layers:]:
+    for owner, own_keys in [*((block, inside) for block in blocks), (model, outside)]:
         wrapped = []
-        for path, module in block.named_modules():
-            if path in keys and _is_linear(module):
+        for path, module in owner.named_modules():
+            if path in own_keys and (layers := _layers_for(module)):
                 # The layers divide by the rank; rsLoRA divides by its square root.
                 strength = alpha * math.sqrt(ranks[path]) if rslora else alpha
-                layer = _LAYERS[method].from_base(module, ranks[path], strength, dropout)
+                layer = layers[method].from_base(module, ranks[path], strength, dropout)
                 wrapped.append((path, layer))
-        block.update_modules(tree_unflatten(wrapped))
+        owner.update_modules(tree_unflatten(wrapped))
     return AdapterSpec(
         method, rank, alpha, dropout, tuple(sorted(keys)), num_layers, rslora, rank_overrides
     )
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLinear]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
     """Path and layer of every adapter in ``model``."""
-    return [(path, m) for path, m in model.named_modules() if isinstance(m, LowRankLinear)]
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, LowRankLayer)]
 
 
 @contextmanager
@@ -115,19 +144,37 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         model.update_modules(tree_unflatten(list(layers)))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.QuantizedLinear)
+def _layers_for(module: nn.Module) -> dict[str, type[LowRankLayer]] | None:
+    """The adapter layer of each method for a layer, or ``None`` if it cannot be adapted."""
+    for types, layers in _KINDS:
+        if isinstance(module, types):
+            return layers
+    return None
 
 
-def _matching_keys(blocks: list[nn.Module], patterns: tuple[str, ...]) -> set[str]:
-    """Paths inside a block of the linear layers that any pattern names."""
-    candidates = {
-        path for block in blocks for path, module in block.named_modules() if _is_linear(module)
+def _matching_keys(
+    model: nn.Module, blocks: list[nn.Module], patterns: tuple[str, ...]
+) -> tuple[set[str], set[str]]:
+    """Paths inside a block of the layers that any pattern names, and paths outside of blocks."""
+    inside = {
+        path
+        for block in blocks
+        for path, module in block.named_modules()
+        if isinstance(module, (*_LINEAR, *_SWITCH))
     }
     if not patterns:
-        return candidates
-    matches = _matches("--target-modules", patterns, candidates)
-    return set().union(*matches.values())
+        return inside, set()
+    in_blocks = {id(module) for block in model.layers for _, module in block.named_modules()}
+    outside = {
+        path
+        for path, module in model.named_modules()
+        if id(module) not in in_blocks and _layers_for(module)
+    }
+    # A pattern such as * means the blocks; what is outside has to be meant.
+    found = set().union(*(_matching(pattern, inside) for pattern in patterns))
+    left = tuple(pattern for pattern in patterns if not _matching(pattern, inside))
+    others = _matches("--target-modules", left, outside, all_paths=inside | outside)
+    return found, set().union(*others.values())
 
 
 def _own_ranks(overrides: tuple[str, ...], keys: set[str]) -> dict[str, int]:
@@ -143,43 +190,36 @@ def _own_ranks(overrides: tuple[str, ...], keys: set[str]) -> dict[str, int]:
     return {path: int(rank) for name, rank in pairs for path in matches[name]}
 
 
-def _matches(flag: str, patterns: tuple[str, ...], paths: set[str]) -> dict[str, set[str]]:
-    """Paths that each pattern names, as a whole or by their last part."""
-    found = {
-        pattern: {
-            path
-            for path in paths
-            if fnmatchcase(path, pattern) or fnmatchcase(path.rsplit(".", 1)[-1], pattern)
-        }
-        for pattern in patterns
-    }
+def _matches(
+    flag: str, patterns: tuple[str, ...], paths: set[str], all_paths: set[str] | None = None
+) -> dict[str, set[str]]:
+    """Paths that each pattern names; ``all_paths`` are those to choose from in an error."""
+    found = {pattern: _matching(pattern, paths) for pattern in patterns}
     idle = [pattern for pattern in patterns if not found[pattern]]
     if idle:
         raise UserError(
             f"{flag}: nothing that is adapted matches {', '.join(idle)}. "
-            f"There are {', '.join(sorted(paths))}."
+            f"There are {', '.join(sorted(all_paths or paths))}."
         )
     return found
+
+
+def _matching(pattern: str, paths: set[str]) -> set[str]:
+    """Paths that a pattern names, as a whole or by their last part."""
+    return {
+        path
+        for path in paths
+        if fnmatchcase(path, pattern) or fnmatchcase(path.rsplit(".", 1)[-1], pattern)
+    }
 
 
 def _dequantize(model: nn.Module) -> None:
     """Replace every quantized layer by a dense one of the same values and dtype."""
     dense: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            continue
-        out, width = weight_shape(module)
-        layer = _empty_twin(module, out, width)
-        layer.weight = weight_rows(module, 0, out, weight_dtype(module))
-        dense.append((path, layer))
+        if is_quantized(module) and _layers_for(module):
+            weight = weight_rows(module, 0, row_shape(module)[0], weight_dtype(module))
+            weight = weight.reshape(weight_shape(module))
+            dense.append((path, with_weight(module, weight, dequantize=True)))
     model.update_modules(tree_unflatten(dense))
     mx.eval(model.parameters())
-
-
-def _empty_twin(module: nn.Module, out: int, width: int) -> nn.Module:
-    if isinstance(module, nn.QuantizedEmbedding):
-        return nn.Embedding(out, width)
-    twin = nn.Linear(width, out, bias=False)
-    if "bias" in module:
-        twin.bias = module.bias
-    return twin

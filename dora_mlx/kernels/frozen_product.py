@@ -1,13 +1,16 @@
 """Products with a frozen weight that leave nothing of its size behind for the backward.
 
-A frozen weight W ``[out, in]`` lives in an ``nn.Linear``, ``nn.Embedding`` or one of their
-quantized forms; this file is the only one that knows how to read it.
+A frozen weight W lives in an ``nn.Linear`` or ``nn.Embedding`` ``[out, in]``, in the experts of
+mlx-lm's ``SwitchLinear`` ``[experts, out, in]``, in their quantized forms, or in a convolution
+``[out, *kernel, in]``; this file is the only one that knows how to read it. Its *rows* are the
+vectors over the last axis, for a convolution over all axes but the first.
 
 On a GPU a quantized product is one fused kernel. MLX's CPU kernel for it is 20 to 70 times
 slower than dequantizing a block of rows and calling the dense product, so with more than a few
 rows of input the CPU takes blocks. The switch is ``_in_blocks``, and there is no other.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import cast
@@ -15,10 +18,12 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-# Dequantized values alive at a time: 8 MiB in float32, about what a CPU cache holds.
-BLOCK_VALUES = 1 << 21
+# Dequantized values alive at a time, 4 MiB in float32: the fastest of 2^17 to 2^21, measured.
+BLOCK_VALUES = 1 << 20
 # Up to this many input rows (decoding) the quantized kernel beats dequantizing all of W.
-FEW_ROWS = 8
+FEW_ROWS = 3
+# What mx.quantize divides a global scale by: the largest products of e4m3 scales and e2m1 values.
+_NVFP4_RANGE = 448 * 6
 
 
 def is_quantized(base: nn.Module) -> bool:
@@ -26,13 +31,25 @@ def is_quantized(base: nn.Module) -> bool:
     return "scales" in base
 
 
-def weight_shape(base: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of the weight of ``base``, unpacked, for every bit width."""
-    out, width = base["weight"].shape
+def weight_shape(base: nn.Module) -> tuple[int, ...]:
+    """Shape of the weight of ``base``, unpacked, for every bit width."""
+    *leading, width = base["weight"].shape
     if is_quantized(base):
         # Scales are never packed, which spares the arithmetic of 3, 5 and 6 bits.
         width = base["scales"].shape[-1] * base.group_size
-    return out, width
+    return *leading, width
+
+
+def leading_shape(base: nn.Module) -> tuple[int, ...]:
+    """Shape of what there is one of per row of W: ``[out]``, or ``[experts, out]``."""
+    shape = weight_shape(base)
+    return shape[:1] if _is_convolution(base) else shape[:-1]
+
+
+def row_shape(base: nn.Module) -> tuple[int, int]:
+    """``(rows, width)`` of W as a list of rows."""
+    rows = math.prod(leading_shape(base))
+    return rows, math.prod(weight_shape(base)) // rows
 
 
 def weight_dtype(base: nn.Module) -> mx.Dtype:
@@ -41,7 +58,7 @@ def weight_dtype(base: nn.Module) -> mx.Dtype:
     if mx.issubdtype(source.dtype, mx.floating):
         return source.dtype
     # The scales of mxfp4, mxfp8 and nvfp4 are bytes and say nothing of the activations.
-    return mx.float32 if _on_cpu() else mx.bfloat16
+    return mx.float32 if on_cpu() else mx.bfloat16
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -57,36 +74,97 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def weight_rows(base: nn.Module, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
-    """Rows ``start`` to ``stop`` of W, dequantized: ``[stop - start, in]`` of ``dtype``."""
+    """Rows ``start`` to ``stop`` of W, dequantized: ``[stop - start, width]`` of ``dtype``."""
+    return chosen_rows(base, slice(start, stop), dtype)
+
+
+def chosen_rows(base: nn.Module, chosen: slice | mx.array, dtype: mx.Dtype) -> mx.array:
+    """The rows of W that a slice or an array of indices names, dequantized to ``dtype``."""
+    rows, _ = row_shape(base)
+
+    def part(name: str) -> mx.array:
+        return base[name].reshape(rows, -1)[chosen]
+
     if not is_quantized(base):
-        return base["weight"][start:stop].astype(dtype)
-    scales, biases = base["scales"][start:stop], base.get("biases")
+        return part("weight").astype(dtype)
+    scales = part("scales")
     if mx.issubdtype(scales.dtype, mx.floating):
         # In the type asked for: 16-bit scales would round every value of the row to 16 bits.
         scales = scales.astype(dtype)
-    rows = mx.dequantize(
-        base["weight"][start:stop],
+    values = mx.dequantize(
+        part("weight"),
         scales,
-        None if biases is None else biases[start:stop].astype(dtype),
+        None if base.get("biases") is None else part("biases").astype(dtype),
         group_size=base.group_size,
         bits=base.bits,
         mode=base.mode,
     )
-    return rows.astype(dtype)
+    if base.get("global_scale") is not None:
+        per_row = mx.repeat(base["global_scale"], rows // base["global_scale"].size)[chosen]
+        values = (per_row / _NVFP4_RANGE)[:, None] * values
+    return values.astype(dtype)
 
 
 def row_blocks(base: nn.Module) -> Iterator[tuple[int, int]]:
     """``(start, stop)`` of blocks of rows with at most ``BLOCK_VALUES`` values each."""
-    out, width = weight_shape(base)
+    rows, width = row_shape(base)
     size = max(1, BLOCK_VALUES // width)
-    for start in range(0, out, size):
-        yield start, min(start + size, out)
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)
+
+
+def with_weight(base: nn.Module, weight: mx.array, dequantize: bool) -> nn.Module:
+    """A layer like ``base`` with another weight, given dense; parameters are shared otherwise.
+
+    It is quantized as ``base`` is, unless ``dequantize`` is set.
+    """
+    if is_quantized(base) and dequantize:
+        layer = _dense_twin(base)
+    else:
+        layer = copy.copy(base)
+        # Frozen names belong to a layer, and copying it copied only the reference.
+        layer._no_grad = set(base._no_grad)
+    if is_quantized(layer):
+        layer.weight, layer.scales, *biases = mx.quantize(
+            weight, layer.group_size, layer.bits, mode=layer.mode
+        )
+        layer.biases = biases[0] if biases else None
+        if "global_scale" in layer:
+            layer.global_scale = None
+    else:
+        layer.weight = weight
+        layer.unfreeze()
+    return layer
+
+
+def _dense_twin(base: nn.Module) -> nn.Module:
+    """A dense layer of the shape of the quantized ``base`` and with its bias; the weight is new."""
+    *experts, out, width = weight_shape(base)
+    twin: nn.Module
+    if isinstance(base, nn.QuantizedEmbedding):
+        return nn.Embedding(out, width)
+    if experts:
+        # Imported here because it takes seconds, and whoever has experts has paid for it.
+        from mlx_lm.models.switch_layers import SwitchLinear
+
+        twin = SwitchLinear(width, out, experts[0], bias=False)
+    else:
+        twin = nn.Linear(width, out, bias=False)
+    if "bias" in base:
+        twin.bias = base.bias
+    return twin
 
 
 def frozen_product(x: mx.array, base: nn.Module) -> mx.array:
-    """``x W^T``: ``[..., in] -> [..., out]`` in the dtype of x; differentiable in x only."""
+    """``x W^T``: ``[..., in] -> [..., out]`` in the dtype of x; differentiable in x only.
+
+    With experts, each multiplies its own: ``[experts, rows, in] -> [experts, rows, out]``.
+    """
     if not is_quantized(base):
-        return x @ mx.stop_gradient(base["weight"]).T
+        weight = mx.stop_gradient(base["weight"])
+        if _is_convolution(base):
+            weight = weight.reshape(row_shape(base))
+        return x @ weight.swapaxes(-1, -2)
     if not _in_blocks(x):
         return _quantized_product(x, base, transpose=True)
 
@@ -110,15 +188,64 @@ def frozen_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
     return _blocked_product_transposed(d, base)
 
 
+def frozen_convolution(x: mx.array, weight: mx.array, base: nn.Module) -> mx.array:
+    """``x`` convolved with ``weight`` the way ``base`` does it, without the bias.
+
+    Args:
+        x: ``[batch, *places, channels]``.
+        weight: ``[out, *kernel, channels / groups]``; ``out`` may differ from that of ``base``.
+        base: ``nn.Conv1d`` or ``nn.Conv2d``, for stride, padding, dilation and groups.
+    """
+    convolve = mx.conv1d if isinstance(base, nn.Conv1d) else mx.conv2d
+    return convolve(x, weight, base.stride, base.padding, base.dilation, base.groups)
+
+
+def gathered_product(
+    x: mx.array, base: nn.Module, experts: mx.array, sorted_indices: bool
+) -> mx.array:
+    """``x W_e^T`` with the expert e of each row, without the bias; differentiable in x only.
+
+    Args:
+        x: ``[..., 1, in]``, as mlx-lm's ``SwitchLinear`` takes it.
+        base: The experts, ``[experts, out, in]``.
+        experts: Index of the expert of each row, ``[...]``.
+        sorted_indices: Whether ``experts`` ascend.
+    """
+    if not is_quantized(base):
+        weight = mx.stop_gradient(base["weight"]).swapaxes(-1, -2)
+        return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=sorted_indices)
+    return mx.gather_qmm(
+        x,
+        base["weight"],
+        base["scales"],
+        base.get("biases"),
+        rhs_indices=experts,
+        transpose=True,
+        group_size=base.group_size,
+        bits=base.bits,
+        mode=base.mode,
+        global_scale=base.get("global_scale"),
+        sorted_indices=sorted_indices,
+    )
+
+
+def _is_convolution(base: nn.Module) -> bool:
+    return isinstance(base, nn.Conv1d | nn.Conv2d)
+
+
 def _in_blocks(x: mx.array) -> bool:
-    return _on_cpu() and x.size > FEW_ROWS * x.shape[-1]
+    return on_cpu() and x.size > FEW_ROWS * x.shape[-1]
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether MLX runs on its CPU backend."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
 def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.array:
+    if base.get("global_scale") is not None:
+        # Only the gathered product takes one; as a factor of x it serves both directions.
+        x = (base["global_scale"] / _NVFP4_RANGE).reshape(-1, 1, 1) * x
     return mx.quantized_matmul(
         x,
         base["weight"],
@@ -133,6 +260,13 @@ def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.arra
 
 def _blocked_product(x: mx.array, base: nn.Module) -> mx.array:
     columns: list[mx.array] = []
+    *experts, out, _ = weight_shape(base)
+    if experts:
+        for start in range(0, experts[0] * out, out):
+            own = x[start // out]
+            own = own if not columns else mx.depends([own], [columns[-1]])[0]
+            columns.append(own @ weight_rows(base, start, start + out, x.dtype).T)
+        return mx.stack(columns)
     for start, stop in row_blocks(base):
         # The dependency keeps one dequantized block alive at a time.
         rows = x if not columns else mx.depends([x], [columns[-1]])[0]

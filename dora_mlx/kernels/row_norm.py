@@ -1,55 +1,245 @@
-"""Norms of the rows of W + s (A B)^T without building the sum.
+"""Norms of the rows or columns of W + s (A B)^T without building the sum.
 
     ||w_j + s d_j||^2 = ||w_j||^2 + 2 s <w_j, d_j> + s^2 b_j^T (A^T A) b_j,    d_j = A b_j
 
 With U = A^T W^T ``[rank, out]`` the cross term is sum_k B_kj U_kj, so one product of W with
-``rank`` rows replaces the dequantized weight and the full ``out x in`` update.
+``rank`` rows replaces the dequantized weight and the full ``out x in`` update. Columns, which an
+embedding needs, are the same with A and B in each other's place and U = B W ``[rank, in]``.
+
+Everything is float32: in bfloat16 a change of the norm below 0.4 % would be rounded away.
+
+**Cancellation.** The three terms are rounded before they meet, so the relative error of a norm n
+grows with the digits that cancel between them. It stays below about 5e-7 kappa, with
+
+    kappa = (||w|| + s ||d||)^2 / n^2
+
+(3e-6 kappa where a device multiplies float32 matrices in TF32). Vectors without a common
+direction have kappa <= 2; beyond ``CANCELLATION_LIMIT`` an update undoes most of its row. Such
+norms are taken from the sum itself by ``safe_norms``. ``AdaptedNorm.factored`` cannot look at
+values, so that it can be compiled and differentiated, and has the bound alone.
 """
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from dora_mlx.kernels.frozen_product import frozen_product, row_blocks, weight_rows
+from dora_mlx.kernels.frozen_product import (
+    BLOCK_VALUES,
+    chosen_rows,
+    frozen_product,
+    frozen_product_transposed,
+    leading_shape,
+    row_blocks,
+    weight_rows,
+    weight_shape,
+)
 
+CANCELLATION_LIMIT = 100.0
 # Partial sums of this many squares keep float32 rounding near that of a pairwise sum.
 _PARTIAL_SUM = 64
-# Floor of a squared norm: rounding can push that of a nearly cancelling row below zero.
+# Floor of a squared norm: rounding can push that of a nearly cancelling row below zero, and a
+# row of zeros needs a norm to be divided by.
 _SMALLEST_SQUARE = 1e-24
 
 
-def row_square_sums(base: nn.Module) -> mx.array:
-    """``||w_j||^2`` of every row of W: ``[out]`` float32, in blocks of rows.
+@dataclass(frozen=True)
+class Update:
+    """s (A B)^T, the low-rank update of a weight.
 
-    Squares are summed in float32 on two levels, groups of 64 and then the groups.
+    Attributes:
+        a: A ``[..., in, rank]``; the leading axis is that of the experts, if there are any.
+        b: B ``[..., rank, out]``.
+        scale: s.
     """
-    sums = []
-    for start, stop in row_blocks(base):
-        squares = mx.square(weight_rows(base, start, stop, mx.float32))
-        rows, width = squares.shape
-        if width % _PARTIAL_SUM == 0:
-            squares = squares.reshape(rows, -1, _PARTIAL_SUM).sum(axis=-1)
-        sums.append(squares.sum(axis=-1))
-        mx.eval(sums[-1])
-    return mx.concatenate(sums)
+
+    a: mx.array
+    b: mx.array
+    scale: float
+
+    def constant(self) -> "Update":
+        """The same in float32 and without a gradient."""
+        a, b = (mx.stop_gradient(factor).astype(mx.float32) for factor in (self.a, self.b))
+        return Update(a, b, self.scale)
+
+    def rows(self, chosen: slice | mx.array) -> mx.array:
+        """Rows of the update, counted over all experts: ``[rows, in]`` in float32."""
+        a, b = self.a.astype(mx.float32), self.b.astype(mx.float32)
+        if a.ndim == 2:
+            return self.scale * (b[:, chosen].T @ a.T)
+        if isinstance(chosen, slice):
+            chosen = mx.arange(chosen.start, chosen.stop)
+        expert, row = mx.divmod(chosen, b.shape[-1])
+        return self.scale * (a[expert] @ b[expert, :, row][..., None]).squeeze(-1)
 
 
-def adapted_row_norm(
-    square_sums: mx.array, base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float
-) -> mx.array:
-    """``||w_j + s (A B)^T_j||`` for every row j: ``[out]`` float32, without a gradient.
+def updated_rows(base: nn.Module, update: Update, chosen: slice | mx.array) -> mx.array:
+    """Rows of W + s (A B)^T: ``[rows, in]`` in float32."""
+    return chosen_rows(base, chosen, mx.float32) + update.rows(chosen)
+
+
+def evaluate(*arrays: mx.array) -> bool:
+    """Evaluate arrays; false where they stand for later arguments, as inside ``mx.compile``."""
+    try:
+        mx.eval(*arrays)
+    except ValueError:
+        return False
+    return True
+
+
+class AdaptedNorm(ABC):
+    """``||W + s (A B)^T||`` of each row or column, for the W of one frozen layer.
+
+    The sums of squares of W alone are kept as long as the arrays in ``base`` are the very objects
+    that they were computed from, so loading or assigning other weights makes new sums. What this
+    does not see is a write *into* an array, such as ``base.weight[0] = 1``.
 
     Args:
-        square_sums: ``row_square_sums(base)``, ``[out]`` float32.
-        base: The frozen layer that holds W ``[out, in]``.
-        lora_a: A ``[in, rank]``.
-        lora_b: B ``[rank, out]``.
-        scale: s.
-
-    The norm is a constant of the backward pass (DoRA, arXiv 2402.09353, section 4.3). All of it
-    is float32: in bfloat16 a change of the norm below 0.4 % would be rounded away.
+        base: The frozen layer that holds W.
     """
-    a = mx.stop_gradient(lora_a).astype(mx.float32)
-    b = mx.stop_gradient(lora_b).astype(mx.float32)
-    cross = frozen_product(a.T, base)
-    squared = square_sums + scale * (b * (2 * cross + scale * ((a.T @ a) @ b))).sum(axis=0)
-    return mx.sqrt(mx.maximum(squared, _SMALLEST_SQUARE))
+
+    def __init__(self, base: nn.Module):
+        self.base = base
+        self._sources: list[mx.array] = []
+        self._square_sums = mx.zeros(0)
+
+    def factored(self, update: Update) -> mx.array:
+        """The norms by the factored sum, as constants of the backward pass.
+
+        DoRA, arXiv 2402.09353, section 4.3: the norm follows the update but gets no gradient.
+        """
+        return mx.sqrt(self._squares(update)[0])
+
+    def with_cancellation(self, update: Update) -> tuple[mx.array, mx.array]:
+        """What ``factored`` gives, bit for bit, and kappa of every norm."""
+        squares, update_squares = self._squares(update)
+        update_norm = update.scale * mx.sqrt(mx.maximum(update_squares, 0))
+        kappa = mx.square(mx.sqrt(self.square_sums()) + update_norm) / squares
+        return mx.sqrt(squares), kappa
+
+    def without_update(self) -> mx.array:
+        """``||W||``: what ``factored`` gives for B = 0, bit for bit."""
+        return mx.sqrt(mx.maximum(self.square_sums(), _SMALLEST_SQUARE))
+
+    def square_sums(self) -> mx.array:
+        """``||w||^2`` of every row or column: float32, added up in two levels."""
+        sources = self.sources()
+        if len(sources) == len(self._sources) and all(map(_same, sources, self._sources)):
+            return self._square_sums
+        sums = mx.stop_gradient(self._sum_squares())
+        if evaluate(sums):
+            self._sources, self._square_sums = sources, sums
+        return sums
+
+    def sources(self) -> list[mx.array]:
+        """The arrays that W is made of: the objects themselves that the layer holds."""
+        names = ("weight", "scales", "biases", "global_scale")
+        return [self.base[name] for name in names if self.base.get(name) is not None]
+
+    def _squares(self, update: Update) -> tuple[mx.array, mx.array]:
+        """``||w + s d||^2`` and ``||d||^2``."""
+        update = update.constant()
+        cross, gram, own = self._terms(update)
+        update_squares = (own * (gram @ own)).sum(axis=-2)
+        change = 2 * (own * cross).sum(axis=-2) + update.scale * update_squares
+        squares = self.square_sums() + update.scale * change
+        return mx.maximum(squares, _SMALLEST_SQUARE), update_squares
+
+    @abstractmethod
+    def direct(self, update: Update, chosen: mx.array) -> mx.array:
+        """The chosen norms, counted over all experts, in blocks of W + s (A B)^T itself."""
+
+    @abstractmethod
+    def _sum_squares(self) -> mx.array: ...
+
+    @abstractmethod
+    def _terms(self, update: Update) -> tuple[mx.array, mx.array, mx.array]:
+        """U, the Gram matrix of one factor, and the other ``[..., rank, rows or columns]``."""
+
+
+class RowNorm(AdaptedNorm):
+    """One norm per output: ``[out]`` or ``[experts, out]``."""
+
+    def direct(self, update: Update, chosen: mx.array) -> mx.array:
+        """As ``AdaptedNorm`` says."""
+        update = update.constant()
+        # With experts, every row of a block brings an A of its own.
+        width = update.a.shape[-2] * (update.a.shape[-1] if update.a.ndim > 2 else 1)
+        size = max(1, BLOCK_VALUES // width)
+        norms = []
+        for start in range(0, chosen.size, size):
+            rows = updated_rows(self.base, update, chosen[start : start + size])
+            norms.append(mx.linalg.norm(rows, axis=1))
+            evaluate(norms[-1])
+        return mx.concatenate(norms)
+
+    def _sum_squares(self) -> mx.array:
+        sums = []
+        for start, stop in row_blocks(self.base):
+            squares = mx.square(weight_rows(self.base, start, stop, mx.float32))
+            if squares.shape[1] % _PARTIAL_SUM == 0:
+                squares = squares.reshape(stop - start, -1, _PARTIAL_SUM).sum(axis=-1)
+            sums.append(squares.sum(axis=-1))
+            # One dequantized block alive at a time, where that can be had.
+            evaluate(sums[-1])
+        return mx.concatenate(sums).reshape(leading_shape(self.base))
+
+    def _terms(self, update: Update) -> tuple[mx.array, mx.array, mx.array]:
+        transposed = update.a.swapaxes(-1, -2)
+        return frozen_product(transposed, self.base), transposed @ update.a, update.b
+
+
+class ColumnNorm(AdaptedNorm):
+    """One norm per input of W ``[out, in]``: ``[in]``."""
+
+    def direct(self, update: Update, chosen: mx.array) -> mx.array:
+        """As ``AdaptedNorm`` says."""
+        update = update.constant()
+        total = mx.zeros(chosen.shape)
+        for start, stop in row_blocks(self.base):
+            rows = updated_rows(self.base, update, slice(start, stop))
+            total = total + mx.square(rows[:, chosen]).sum(axis=0)
+            evaluate(total)
+        return mx.sqrt(total)
+
+    def _sum_squares(self) -> mx.array:
+        total = mx.zeros(weight_shape(self.base)[1])
+        for start, stop in row_blocks(self.base):
+            total = total + mx.square(weight_rows(self.base, start, stop, mx.float32)).sum(axis=0)
+            evaluate(total)
+        return total
+
+    def _terms(self, update: Update) -> tuple[mx.array, mx.array, mx.array]:
+        cross = frozen_product_transposed(update.b, self.base)
+        return cross, update.b @ update.b.T, update.a.T
+
+
+def safe_norms(updates: Sequence[tuple[AdaptedNorm, Update]]) -> list[mx.array]:
+    """Norms of many layers, evaluated together, none of which has lost its digits.
+
+    Where kappa exceeds ``CANCELLATION_LIMIT``, a norm comes from the sum itself, whose relative
+    error is about 1e-7 sqrt(kappa). Looking for such rows costs one maximum per layer and one
+    wait for the device. Inside ``mx.compile`` there are no values to look at, and the norms are
+    the factored ones.
+    """
+    pairs = [norm.with_cancellation(update) for norm, update in updates]
+    if not pairs:
+        return []
+    norms = [norm for norm, _ in pairs]
+    worst = mx.stack([kappa.max() for _, kappa in pairs])
+    if not evaluate(worst, *norms):
+        return norms
+    for i in np.flatnonzero(np.array(worst) > CANCELLATION_LIMIT).tolist():
+        norm, update = updates[i]
+        chosen = mx.array(np.flatnonzero(np.array(pairs[i][1]) > CANCELLATION_LIMIT))
+        flat = norms[i].flatten()
+        flat[chosen] = norm.direct(update, chosen)
+        norms[i] = flat.reshape(norms[i].shape)
+    return norms
+
+
+def _same(one: mx.array, other: mx.array) -> bool:
+    return one is other

@@ -3,9 +3,13 @@
     y = x W^T + s (x A) B + bias
 
 W ``[out, in]`` frozen, maybe quantized; A ``[in, rank]``; B ``[rank, out]``; s = alpha / rank.
+
+``LowRankLayer`` is what every adapter layer is. A kind of layer (``linear.py``, ``embedding.py``,
+``conv.py``, ``switch.py``) adds how its base and its update act on an input; LoRA here and DoRA
+in ``dora.py`` add how the two are combined. A layer such as ``DoRAConv2d`` is one of each.
 """
 
-import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -15,68 +19,62 @@ from dora_mlx.kernels.frozen_product import (
     is_quantized,
     row_blocks,
     weight_dtype,
-    weight_rows,
     weight_shape,
+    with_weight,
 )
+from dora_mlx.kernels.row_norm import Update, updated_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# From the differentiable inputs of a layer to what its base and its update make of them, both
+# ``[..., out]`` in the dtype of the activations.
+Terms = Callable[..., tuple[mx.array, mx.array]]
 
-class LowRankLinear(nn.Module):
-    """What LoRA and DoRA share: a frozen ``base``, A, B, the scale and the merge.
 
-    A is drawn uniformly from +-1/sqrt(in) and B is zero, so the update starts at zero. Both are
-    float32; products run in the dtype of the activations.
+class LowRankLayer(nn.Module):
+    """A frozen ``base``, the factors A and B of its update, and the merge of both.
+
+    A is drawn uniformly from +-1/sqrt(inputs) and B is zero, so the update starts at zero. Both
+    are float32; products run in the dtype of the activations, for which A and s B are rounded to
+    that dtype (in 16 bits their gradients then have an error of 0.3 %, against 0.2 % of theirs
+    with float32 copies of every activation).
 
     Args:
-        base: ``nn.Linear`` or ``nn.QuantizedLinear``; kept and frozen.
+        base: The layer to adapt; kept and frozen.
         rank: Rank of the update.
         alpha: Strength of the update; ``scale = alpha / rank``.
-        dropout: Probability of dropping an input of the low-rank path in training.
+        dropout: Probability of dropping an input of the low-rank path in training. As in PEFT's
+            LoRA, it is the input of A that is dropped. PEFT's DoRA drops it in (m / n - 1) x W^T
+            as well, which would cost a second product with W and is not done here.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float):
         super().__init__()
-        out, width = weight_shape(base)
         self.base = base
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
-        bound = 1 / math.sqrt(width)
-        self.lora_a = mx.random.uniform(-bound, bound, (width, rank))
-        self.lora_b = mx.zeros((rank, out))
+        self._add_parameters(base, rank)
         base.freeze()
 
     @classmethod
     def from_base(
-        cls, linear: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0
+        cls, base: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0
     ) -> "Self":
-        """Wrap ``linear``, which keeps its weights and is frozen."""
-        return cls(linear, rank, alpha, dropout)
-
-    def _extra_repr(self) -> str:
-        width, rank = self.lora_a.shape
-        return f"input_dims={width}, output_dims={self.lora_b.shape[1]}, rank={rank}"
-
-    def _low_rank_input(self, x: mx.array) -> mx.array:
-        """``x A``: ``[..., in] -> [..., rank]``."""
-        return self.dropout(x) @ self.lora_a.astype(x.dtype)
-
-    def _updated_rows(self, start: int, stop: int) -> mx.array:
-        """Rows of W + s (A B)^T in float32: ``[stop - start, in]``."""
-        update = self.lora_b[:, start:stop].T @ self.lora_a.T
-        return weight_rows(self.base, start, stop, mx.float32) + self.scale * update
-
-    def _merged_rows(self, start: int, stop: int) -> mx.array:
-        return self._updated_rows(start, stop)
+        """Wrap ``base``, which keeps its weights and is frozen."""
+        return cls(base, rank, alpha, dropout)
 
     def merged_weight(self) -> mx.array:
-        """The weight with the adapter in it: ``[out, in]`` float32, computed in blocks of rows."""
+        """The weight with the adapter in it: float32, shaped as W, computed in blocks of rows."""
+        gain = self._merged_gain()
         blocks = []
         for start, stop in row_blocks(self.base):
-            blocks.append(self._merged_rows(start, stop))
-            mx.eval(blocks[-1])
-        return mx.concatenate(blocks)
+            rows = updated_rows(self.base, self._update(), slice(start, stop))
+            if gain is not None:
+                rows = gain[start:stop] * rows if gain.shape[1] == 1 else gain * rows
+            blocks.append(rows)
+            mx.eval(rows)
+        return mx.concatenate(blocks).reshape(weight_shape(self.base))
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """The plain layer that computes the same: mirror of ``from_base``.
@@ -84,22 +82,51 @@ class LowRankLinear(nn.Module):
         A quantized base gives a layer quantized the same way, which rounds the update, unless
         ``dequantize`` is set. A dense weight keeps the dtype of the base.
         """
-        base = self.base
-        out, width = weight_shape(base)
-        fused = nn.Linear(width, out, bias=False)
-        quantized = is_quantized(base)
-        fused.weight = self.merged_weight().astype(weight_dtype(base))
-        if "bias" in base:
-            fused.bias = base.bias
-        if quantized and not dequantize:
-            fused = nn.QuantizedLinear.from_linear(fused, base.group_size, base.bits, base.mode)
-        return fused
+        merged = self.merged_weight().astype(weight_dtype(self.base))
+        return with_weight(self.base, merged, dequantize and is_quantized(self.base))
+
+    def _extra_repr(self) -> str:
+        shape = "x".join(map(str, weight_shape(self.base)))
+        return f"{shape}, rank={self._update().a.shape[-1]}, scale={self.scale:g}"
+
+    def _add_parameters(self, base: nn.Module, rank: int) -> None:
+        """Set ``lora_a`` and ``lora_b``."""
+        raise NotImplementedError
+
+    def _update(self) -> Update:
+        """The update of W as it is stored, ``[out, in]``."""
+        return Update(self.lora_a, self.lora_b, self.scale)
+
+    def _merged_gain(self) -> mx.array | None:
+        """What the rows of the sum are multiplied by: ``[rows, 1]``, ``[1, in]``, or nothing."""
+        return None
+
+    def _combine(
+        self,
+        terms: Terms,
+        inputs: tuple[mx.array, ...],
+        bias: mx.array | None = None,
+        experts: mx.array | None = None,
+    ) -> mx.array:
+        """The output of the layer for ``terms(*inputs)``; the rest is for ``dora_product``."""
+        raise NotImplementedError
 
 
-class LoRALinear(LowRankLinear):
-    """LoRA around a linear layer; parameters ``lora_a [in, rank]`` and ``lora_b [rank, out]``."""
+class LoRA(LowRankLayer):
+    """``base + update``."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[..., in] -> [..., out]`` in the dtype of ``x``."""
-        update = self._low_rank_input(x) @ self.lora_b.astype(x.dtype)
-        return self.base(x) + self.scale * update
+    def _combine(
+        self,
+        terms: Terms,
+        inputs: tuple[mx.array, ...],
+        bias: mx.array | None = None,
+        experts: mx.array | None = None,
+    ) -> mx.array:
+        frozen, update = terms(*inputs)
+        return frozen + update
+
+
+def uniform(inputs: int, shape: tuple[int, ...]) -> mx.array:
+    """Values between +-1/sqrt(inputs)."""
+    bound = inputs**-0.5
+    return mx.random.uniform(-bound, bound, shape)

@@ -1,0 +1,50 @@
+"""LoRA and DoRA around ``nn.Linear`` and ``nn.QuantizedLinear``."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from dora_mlx.kernels.frozen_product import frozen_product, is_quantized, weight_shape
+from dora_mlx.layers.dora import DoRA
+from dora_mlx.layers.lora import LoRA, LowRankLayer, uniform
+
+
+class _AdaptedLinear(LowRankLayer):
+    def _add_parameters(self, base: nn.Module, rank: int) -> None:
+        out, width = weight_shape(base)
+        self.lora_a = uniform(width, (width, rank))
+        self.lora_b = mx.zeros((rank, out))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[..., in] -> [..., out]`` in the dtype of ``x``."""
+        low_rank = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        bias = self.base.get("bias")
+        if bias is not None and not is_quantized(self.base):
+            # nn.Linear adds its bias inside of the product, which rounds differently.
+            return self._combine(self._terms_with_bias, (x, low_rank, self.lora_b), bias)
+        y = self._combine(self._terms, (x, low_rank, self.lora_b))
+        return y if bias is None else y + bias
+
+    def _terms(
+        self, x: mx.array, low_rank: mx.array, lora_b: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        return frozen_product(x, self.base), low_rank @ (self.scale * lora_b).astype(x.dtype)
+
+    def _terms_with_bias(
+        self, x: mx.array, low_rank: mx.array, lora_b: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        weight, bias = mx.stop_gradient(self.base.weight), mx.stop_gradient(self.base.bias)
+        return mx.addmm(bias, x, weight.T), low_rank @ (self.scale * lora_b).astype(x.dtype)
+
+
+class LoRALinear(LoRA, _AdaptedLinear):
+    """LoRA around a linear layer.
+
+    Parameters: ``lora_a [in, rank]`` and ``lora_b [rank, out]``, float32.
+    """
+
+
+class DoRALinear(DoRA, _AdaptedLinear):
+    """DoRA around a linear layer.
+
+    Parameters: ``lora_a [in, rank]``, ``lora_b [rank, out]`` and ``magnitude [out]``, float32.
+    """

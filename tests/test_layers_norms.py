@@ -1,0 +1,295 @@
+"""The norm of a DoRA layer: digits kept under cancellation, and never that of other weights."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.tuner.trainer import grad_checkpoint
+
+from dora_mlx.kernels.frozen_product import row_shape, weight_rows
+from dora_mlx.kernels.row_norm import ColumnNorm, RowNorm, Update, safe_norms
+from dora_mlx.layers import DoRAConv2d, DoRAEmbedding, DoRALinear, DoRASwitchLinear, hoisted_norms
+
+
+def as64(array):
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def dense64(base):
+    return as64(weight_rows(base, 0, row_shape(base)[0], mx.float32))
+
+
+def cancelling(left, width=512, out=96, rank=8, scale=2.0):
+    """W and an update that leaves the share ``left`` of a third of its rows."""
+    mx.random.seed(1)
+    a, b = mx.random.normal((width, rank)), mx.random.normal((rank, out))
+    rows = mx.random.normal((out, width))
+    # s (A B)^T = -(1 - left) W
+    undone = -scale / (1 - left) * (b.T @ a.T)
+    weight = mx.where((mx.arange(out) % 3 == 0)[:, None], undone, rows)
+    return weight, Update(a, b, scale)
+
+
+def relative_errors(norm, weight, update):
+    total = as64(weight) + update.scale * (as64(update.a) @ as64(update.b)).T
+    expected = np.linalg.norm(total, axis=1)
+    lengths = np.linalg.norm(as64(weight), axis=1)
+    lengths += np.linalg.norm(total - as64(weight), axis=1)
+    return np.abs(as64(norm).reshape(-1) / expected - 1), (lengths / expected) ** 2
+
+
+@pytest.mark.parametrize("left", [0.5, 0.3, 0.1, 0.03, 0.01, 0.003])
+def test_cancelling_rows_keep_their_digits(left):
+    weight, update = cancelling(left)
+    base = nn.Linear(512, 96, bias=False)
+    base.weight = weight
+    norm = RowNorm(base)
+    errors, kappa = relative_errors(norm.factored(update), weight, update)
+    assert (errors <= 5e-7 * kappa).all(), "the bound of the factored sum"
+    (safe,) = safe_norms([(norm, update)])
+    errors, kappa = relative_errors(safe, weight, update)
+    # Below the limit the factored sum is kept, above it the error grows with the root only.
+    assert (errors <= np.where(kappa <= 100, 5e-7 * kappa, 2e-7 * np.sqrt(kappa))).all()
+    others = np.arange(96) % 3 > 0
+    assert mx.array_equal(
+        safe[mx.array(others.nonzero()[0])], norm.factored(update)[mx.array(others.nonzero()[0])]
+    )
+
+
+def test_cancelling_experts_and_columns_keep_their_digits():
+    weight, update = cancelling(0.01)
+    experts = SwitchLinear(512, 32, 3, bias=False)
+    experts.weight = weight.reshape(3, 32, 512)
+    a = mx.broadcast_to(update.a, (3, *update.a.shape))
+    b = update.b.reshape(8, 3, 32).swapaxes(0, 1)
+    (safe,) = safe_norms([(RowNorm(experts), Update(a, b, update.scale))])
+    errors, kappa = relative_errors(safe, weight, update)
+    assert safe.shape == (3, 32)
+    assert (errors <= 2e-7 * np.sqrt(kappa) + 5e-6).all()
+    embedding = nn.Embedding(512, 96)
+    embedding.weight = weight.T
+    flipped = Update(update.b.T, update.a.T, update.scale)
+    (safe,) = safe_norms([(ColumnNorm(embedding), flipped)])
+    errors, _ = relative_errors(safe, weight, update)
+    assert (errors <= 2e-7 * np.sqrt(kappa) + 5e-6).all()
+
+
+# Staleness. ``is_right`` compares with the norm of the weights as they are now, in float64.
+
+KINDS = [
+    pytest.param(DoRALinear, lambda: nn.Linear(64, 24, bias=False), id="linear"),
+    pytest.param(DoRALinear, lambda: nn.Linear(64, 24).to_quantized(32, 4), id="quantized"),
+    pytest.param(DoRAEmbedding, lambda: nn.Embedding(24, 64), id="embedding"),
+    pytest.param(DoRAConv2d, lambda: nn.Conv2d(6, 24, 3), id="convolution"),
+    pytest.param(DoRASwitchLinear, lambda: SwitchLinear(64, 24, 3), id="experts"),
+]
+
+
+def is_right(layer, norm=None):
+    update = layer._update()
+    change = as64(update.a) @ as64(update.b)
+    total = dense64(layer.base) + layer.scale * change.swapaxes(-1, -2).reshape(
+        row_shape(layer.base)
+    )
+    expected = np.linalg.norm(total, axis=0 if isinstance(layer, DoRAEmbedding) else 1)
+    actual = as64(layer.norm() if norm is None else norm).reshape(-1)
+    return np.allclose(actual, expected, rtol=1e-5)
+
+
+def moved(layer):
+    layer.lora_b = layer.lora_b + 0.3 * mx.random.normal(layer.lora_b.shape)
+    return layer
+
+
+@pytest.mark.parametrize(("kind", "make_base"), KINDS)
+def test_norm_follows_every_way_of_loading(kind, make_base):
+    layer = moved(kind.from_base(make_base(), rank=3))
+    model = nn.Sequential(layer)
+    assert is_right(layer)
+    # The base, by load_weights: the sums of squares belong to the weights before.
+    other = {f"layers.0.base.{k}": v for k, v in make_base().parameters().items()}
+    model.load_weights(list(tree_flatten(other)), strict=False)
+    assert is_right(layer)
+    with hoisted_norms(model):
+        assert is_right(layer)
+    # The base as a whole, as nn.quantize replaces it.
+    layer.base = make_base()
+    assert is_right(layer)
+    # The adapter.
+    model.load_weights([("layers.0.lora_b", 2 * layer.lora_b)], strict=False)
+    assert is_right(layer)
+    model.eval()
+    assert is_right(layer)
+    model.train()
+    assert is_right(layer)
+
+
+def test_quantizing_an_adapted_model_is_seen():
+    layer = moved(DoRALinear.from_base(nn.Linear(64, 24, bias=False)))
+    nn.quantize(nn.Sequential(layer), 32, 2)
+    assert isinstance(layer.base, nn.QuantizedLinear)
+    assert is_right(layer)
+
+
+def test_changing_weights_within_a_block_is_an_error():
+    layer = moved(DoRALinear.from_base(nn.Linear(64, 24)))
+    model = nn.Sequential(layer)
+    for change in (
+        lambda: moved(layer),
+        lambda: model.load_weights([("layers.0.lora_a", 2 * layer.lora_a)], strict=False),
+        lambda: layer.base.update({"weight": 2 * layer.base.weight}),
+    ):
+        with pytest.raises(RuntimeError, match="changed within"), hoisted_norms(model):
+            change()
+        assert layer._hoisted_norm is None
+        assert is_right(layer)
+
+
+class Net(nn.Module):
+    def __init__(self, kind=None):
+        super().__init__()
+        mx.random.seed(2)
+        self.layers = [nn.Linear(16, 16) for _ in range(3)]
+        if kind:
+            self.layers = [moved(kind.from_base(layer, rank=3)) for layer in self.layers]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = mx.tanh(layer(x))
+        return x
+
+
+def loss_of(model, x):
+    return mx.square(model(x) - 1).sum()
+
+
+def run_steps(step, count=4):
+    """Losses of training steps; ``step(model, optimizer, x)`` returns one."""
+    model, optimizer = Net(DoRALinear), optim.SGD(0.05)
+    mx.random.seed(9)
+    losses = [step(model, optimizer, mx.random.normal((5, 16))).item() for _ in range(count)]
+    assert all(is_right(layer) for layer in model.layers)
+    return losses
+
+
+def plain_step(model, optimizer, x):
+    loss, gradients = nn.value_and_grad(model, loss_of)(model, x)
+    optimizer.update(model, gradients)
+    return loss
+
+
+def hoisted_step(model, optimizer, x):
+    with hoisted_norms(model):
+        loss, gradients = nn.value_and_grad(model, loss_of)(model, x)
+        mx.eval(loss, gradients)
+    optimizer.update(model, gradients)
+    return loss
+
+
+def accumulated_step(model, optimizer, x):
+    with hoisted_norms(model):
+        function = nn.value_and_grad(model, loss_of)
+        first, gradients = function(model, x[:2])
+        second, more = function(model, x[2:])
+    optimizer.update(
+        model,
+        {
+            "layers": [
+                {k: a[k] + b[k] for k in ("lora_a", "lora_b", "magnitude")}
+                for a, b in zip(gradients["layers"], more["layers"], strict=True)
+            ]
+        },
+    )
+    return first + second
+
+
+def compiled_steps(hoist, state):
+    """A step whose gradient is compiled once and then run in one block after another."""
+    compiled = None
+
+    def step(model, optimizer, x):
+        nonlocal compiled
+
+        def by_state(x):
+            return nn.value_and_grad(model, loss_of)(model, x)
+
+        def by_parameters(parameters, x):
+            def loss(parameters):
+                model.update(parameters)
+                return loss_of(model, x)
+
+            return mx.value_and_grad(loss)(parameters)
+
+        if compiled is None:
+            compiled = (
+                mx.compile(by_state, inputs=model.state) if state else mx.compile(by_parameters)
+            )
+        parameters = model.trainable_parameters()
+
+        def call():
+            return compiled(x) if state else compiled(parameters, x)
+
+        if hoist:
+            with hoisted_norms(model):
+                loss, gradients = call()
+                mx.eval(loss, gradients)
+                model.update(parameters)
+        else:
+            loss, gradients = call()
+        model.update(parameters)
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters())
+        return loss
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(hoisted_step, id="hoisted"),
+        pytest.param(accumulated_step, id="accumulated"),
+        pytest.param(compiled_steps(hoist=False, state=True), id="compiled-state"),
+        pytest.param(compiled_steps(hoist=True, state=True), id="compiled-state-hoisted"),
+        pytest.param(compiled_steps(hoist=False, state=False), id="compiled-parameters"),
+        pytest.param(compiled_steps(hoist=True, state=False), id="compiled-parameters-hoisted"),
+    ],
+)
+def test_every_way_of_training_uses_the_norm_of_the_step(step):
+    # A norm kept from the first step, as a constant of a compiled one, changes the second loss.
+    np.testing.assert_allclose(run_steps(step), run_steps(plain_step), rtol=1e-5)
+
+
+def test_mlx_lm_gradient_checkpointing_uses_the_norm_of_the_step():
+    class Block(DoRALinear):
+        pass
+
+    def step(model, optimizer, x):
+        for layer in model.layers:
+            layer.__class__ = Block
+        return hoisted_step(model, optimizer, x)
+
+    expected = run_steps(plain_step)
+    grad_checkpoint(Block.from_base(nn.Linear(2, 2)))
+    np.testing.assert_allclose(run_steps(step), expected, rtol=1e-5)
+
+
+def test_asking_for_the_norm_does_not_run_the_backward_of_a_checkpoint():
+    # To evaluate A in the backward of mx.checkpoint runs all of the backward before it.
+    layer = moved(DoRALinear.from_base(nn.Linear(512, 512)))
+    calls = []
+
+    def forward(parameters, x):
+        layer.update(parameters)
+        calls.append(layer._can_hoist)
+        return layer(x)
+
+    def loss(parameters):
+        return mx.checkpoint(forward)(parameters, mx.ones((2, 512))).sum()
+
+    with hoisted_norms(layer):
+        mx.grad(loss)(layer.trainable_parameters())
+    assert calls == [None, True]
