@@ -5,6 +5,7 @@ from importlib import import_module
 
 VERBS = {
     "train": "fine-tune a model on a chat file",
+    "check": "look for mistakes in a data file and show what will be learned",
     "chat": "talk to a trained model in the terminal",
     "export": "write the trained model as safetensors or GGUF",
     "models": "list the models known by a short name",

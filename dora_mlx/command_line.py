@@ -57,12 +57,17 @@ def parser_for(verb: str, description: str, epilog: str = "") -> argparse.Argume
     )
 
 
-def add_option_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per option of ``TrainConfig``; a flag not given leaves no attribute behind."""
+def add_option_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] = ()) -> None:
+    """One flag per option of ``TrainConfig``; a flag not given leaves no attribute behind.
+
+    With ``only``, for commands that need a few of them, just those.
+    """
     types = get_type_hints(TrainConfig)
     basic = parser.add_argument_group("training")
     advanced = parser.add_argument_group("training, in detail")
     for option in dataclasses.fields(TrainConfig):
+        if only and option.name not in only:
+            continue
         group = advanced if option.metadata["advanced"] else basic
         hint = plain_type(types[option.name])
         help_text = option.metadata["help"].replace("%", "%%")

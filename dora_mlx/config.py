@@ -140,7 +140,7 @@ class TrainConfig:
     )
     learning_rate: float | None = knob(
         None,
-        "Peak learning rate. Default: 2e-4, or 1e-3 for models under 100 million parameters; "
+        "Peak learning rate. Default: 2e-4, or 2e-3 for models under 100 million parameters; "
         "a tenth of that for full fine-tuning.",
         minimum=0,
         maximum=1,

@@ -62,6 +62,15 @@ def load_base(path: Path) -> LoadedModel:
     return LoadedModel(model, _load_tokenizer(path, config), config, path)
 
 
+def load_tokenizer(path: Path) -> "TokenizerWrapper":
+    """Load only the tokenizer of a model folder, which takes no time and memory for weights.
+
+    Raises:
+        UserError: If a file is missing or broken.
+    """
+    return _load_tokenizer(path, read_json(path / "config.json"))
+
+
 def fingerprint(path: Path) -> str:
     """SHA-256 that identifies the weights and architecture in a model folder, in hex.
 

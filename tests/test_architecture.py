@@ -20,7 +20,7 @@ LAYERS = [
     ("layers", "loading"),
     ("adapters", "data"),
     ("training", "exporting"),
-    ("train", "chat", "export", "models"),
+    ("train", "check", "chat", "export", "models"),
     ("__main__",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -69,7 +69,7 @@ def test_imports_never_point_back():
 
 
 def test_library_never_imports_the_app_or_draws():
-    commands = {"train", "chat", "export", "models"}
+    commands = {"train", "check", "chat", "export", "models"}
     for path, tree in modules():
         names = {name.split(".")[0] for name in imports(tree)}
         assert "app" not in names, path
@@ -101,7 +101,7 @@ def test_public_names_exist_and_import_lazily():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("verb", ["train", "chat", "export", "models"])
+@pytest.mark.parametrize("verb", ["train", "check", "chat", "export", "models"])
 def test_help_needs_no_heavy_import(verb):
     # What makes help slow is what it imports: MLX, transformers and the like take seconds.
     code = (

@@ -23,6 +23,12 @@ OTHER = {
     "model": "other",
     "rslora": True,
     "optimizer": "lion",
+    "data_form": "alpaca",
+    "columns": ("prompt=question", "completion=answer"),
+    "skip_bad_rows": True,
+    "pack": True,
+    "train_on": "last",
+    "long_examples": "split",
     "patience": 3,
     "grad_checkpoint": True,
 }

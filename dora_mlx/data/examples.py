@@ -1,14 +1,13 @@
-"""From a conversation to tokens, with a mask that says which of them are learned."""
+"""From records to tokens, with a mask that says which of them are learned."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from dora_mlx.data.records import Record
-from dora_mlx.errors import UserError
+LongExamples = Literal["truncate", "truncate-prompt", "drop", "split"]
 
 
 @dataclass(frozen=True)
@@ -26,98 +25,112 @@ class Example:
         return len(self.tokens)
 
 
+class Examples(Sequence[Example]):
+    """Examples as parts of flat arrays, which may be mapped from files.
+
+    ``tokens`` ``[total]`` int32 and ``trained`` ``[total]`` bool hold them end to end; ``begins``,
+    ``lengths`` and ``targets`` (trained tokens), each ``[count]``, say where each one is.
+    """
+
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.int32],
+        trained: npt.NDArray[np.bool_],
+        begins: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int32],
+        targets: npt.NDArray[np.int32],
+    ):
+        self._tokens = tokens
+        self._trained = trained
+        self._begins = begins
+        self.lengths = lengths
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin = int(self._begins[index])
+        part = slice(begin, begin + int(self.lengths[index]))
+        return Example(self._tokens[part], self._trained[part])
+
+    def select(self, chosen: npt.NDArray[np.bool_]) -> "Examples":
+        """Those examples for which ``chosen`` ``[count]`` holds, without copying tokens."""
+        arrays = self._begins[chosen], self.lengths[chosen], self.targets[chosen]
+        return Examples(self._tokens, self._trained, *arrays)
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Examples":
+        """The same examples in flat arrays."""
+        held = list(examples)
+        lengths = np.array([len(example) for example in held], np.int32)
+        return cls(
+            np.concatenate([np.zeros(0, np.int32), *(example.tokens for example in held)]),
+            np.concatenate([np.zeros(0, np.bool_), *(example.trained for example in held)]),
+            np.cumsum(lengths, dtype=np.int64) - lengths,
+            lengths,
+            np.array([example.trained.sum() for example in held], np.int32),
+        )
+
+
 @dataclass(frozen=True)
 class ExampleSet:
     """Examples in file order, and what happened on the way to them.
 
-    ``truncated`` examples were cut at the end; ``dropped`` ones had no trained token left.
+    ``counts`` says how many records were treated in some way: ``too long`` (in all), ``cut``,
+    ``split``, ``dropped`` for their length, and ``without an answer`` within it (left out).
     """
 
-    examples: list[Example]
-    truncated: int
-    dropped: int
+    examples: Examples
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def trained_tokens(self) -> int:
         """Number of targets of the loss in all examples."""
-        return sum(int(example.trained.sum()) for example in self.examples)
+        return int(self.examples.targets.sum(dtype=np.int64))
+
+    @property
+    def truncated(self) -> int:
+        """Records that lost tokens and stayed."""
+        return self.counts.get("cut", 0)
+
+    @property
+    def dropped(self) -> int:
+        """Records that had no trained token left."""
+        return self.counts.get("without an answer", 0)
 
 
-def make_examples(
-    records: Iterable[Record], tokenizer: Any, max_seq_length: int, mask_prompt: bool = True
-) -> ExampleSet:
-    """Render every record with the chat template and mark what is learned.
+def fit(
+    example: Example, limit: int, treatment: LongExamples, keep_first: bool
+) -> Iterator[Example]:
+    """An example of more than ``limit`` tokens in the form that ``treatment`` gives it.
 
-    With ``mask_prompt`` that is every assistant turn with its end-of-turn token and nothing else.
-
-    Raises:
-        UserError: If the tokenizer has no chat template, or the template rejects a record.
+    ``truncate`` cuts at the end; ``truncate-prompt`` cuts the oldest tokens before the first
+    trained one, and the end if that is not enough; ``split`` makes windows; ``drop`` gives
+    nothing. With ``keep_first`` the first token (beginning of text) survives the cut.
     """
-    if not tokenizer.has_chat_template:
-        raise UserError(
-            "The model's tokenizer has no chat template, so a conversation has no defined form. "
-            "Choose an instruction-tuned model."
-        )
-    examples: list[Example] = []
-    truncated = dropped = 0
-    for record in records:
-        tokens = _template(tokenizer, list(record.messages), record)
-        if mask_prompt:
-            trained = _assistant_mask(record, tokens, tokenizer)
-        else:
-            trained = np.arange(len(tokens)) > 0
-        truncated += len(tokens) > max_seq_length
-        trained = trained[:max_seq_length]
-        if trained.any():
-            examples.append(Example(np.array(tokens[:max_seq_length], np.int32), trained))
-        else:
-            dropped += 1
-    return ExampleSet(examples, truncated, dropped)
-
-
-def _assistant_mask(record: Record, tokens: list[int], tokenizer: Any) -> npt.NDArray[np.bool_]:
-    """Whether each token of a rendered conversation belongs to an assistant turn.
-
-    The conversation up to an assistant turn, with the template's generation prompt, is what the
-    model will see in use. Where it is a prefix of the whole, the turn is what follows it.
-    """
-    messages = list(record.messages)
-    trained = np.zeros(len(tokens), dtype=np.bool_)
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _template(tokenizer, messages[:index], record, add_generation_prompt=True)
-        turn = _template(tokenizer, messages[: index + 1], record)
-        if tokens[: len(prompt)] != prompt or tokens[: len(turn)] != turn:
-            raise UserError(
-                f"{record.path}, line {record.line}: the model's chat template rewrites earlier "
-                "turns, so the assistant's tokens cannot be told apart. Use --no-mask-prompt, or "
-                "conversations of one turn."
-            )
-        trained[len(prompt) : _end_of_turn(turn, len(prompt), tokenizer.eos_token_ids)] = True
-    return trained
-
-
-def _end_of_turn(tokens: list[int], start: int, eos_token_ids: set[int]) -> int:
-    """Where a turn that begins at ``start`` ends: behind its end-of-turn token if it has one.
-
-    Templates put a line break behind that token, which the model never has to produce.
-    """
-    for position in range(len(tokens) - 1, start - 1, -1):
-        if tokens[position] in eos_token_ids:
-            return position + 1
-    return len(tokens)
-
-
-def _template(
-    tokenizer: Any, messages: list[dict[str, str]], record: Record, **options: bool
-) -> list[int]:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, **options))
-    except TemplateError as error:
-        raise UserError(
-            f"{record.path}, line {record.line}: the model's chat template refuses this "
-            f"conversation: {error}."
-        ) from error
+    tokens, trained = example.tokens, example.trained
+    if len(example) <= limit:
+        yield example
+    elif treatment == "truncate":
+        yield Example(tokens[:limit], trained[:limit])
+    elif treatment == "split":
+        for start in range(0, len(tokens) - 1, limit - 1):
+            # Windows share a token: the last of one is what predicts the first of the next.
+            part = slice(start, start + limit)
+            target = trained[part].copy()
+            target[0] = False
+            yield Example(tokens[part], target)
+    elif treatment == "truncate-prompt":
+        first = int(keep_first)
+        prompt = int(trained.argmax()) if trained.any() else len(tokens)
+        # One token of the prompt stays, to predict the first trained one from.
+        cut = first + min(len(tokens) - limit, max(0, prompt - 1 - first))
+        kept = np.r_[0:first, cut : len(tokens)][:limit]
+        yield Example(tokens[kept], trained[kept])

@@ -121,7 +121,7 @@ def _prepare(config: TrainConfig) -> _Prepared:
     source = source_of(config.data) if config.data is not None else samples_dir() / SAMPLE
     # Bad data is reported before the weights are read.
     data = prepare(config, source, load_tokenizer(path))
-    train, valid = data.train, data.valid
+    train = data.train
     if not len(train.examples):
         raise UserError(
             f"{data.files.train} has no example to train on: of its {data.reports[0].rows} rows "
@@ -169,7 +169,7 @@ def _settle(config: TrainConfig, rows: int, small_model: bool) -> TrainConfig:
         steps = max(1, round(config.epochs * rows / per_step))
     rate = config.learning_rate
     if rate is None:
-        rate = 1e-3 if small_model else 2e-4
+        rate = 2e-3 if small_model else 2e-4
         rate = rate / 10 if config.method == "full" else rate
     checkpoint = config.grad_checkpoint
     if checkpoint is None:

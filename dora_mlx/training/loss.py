@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from dora_mlx.data.batches import Batch
+from dora_mlx.training.packed_attention import attention_arguments
 
 # Logits alive at a time: 32 MiB in float32.
 _CHUNK_VALUES = 1 << 23
@@ -37,7 +38,8 @@ class LossSum(Protocol):
 
 def plain_loss_sum(model: nn.Module, batch: Batch) -> mx.array:
     """The loss by its definition, through the logits of every position."""
-    logits = model(mx.array(batch.inputs)).astype(mx.float32)
+    arguments = attention_arguments(model, batch)
+    logits = model(mx.array(batch.inputs), **arguments).astype(mx.float32)
     losses = nn.losses.cross_entropy(logits, mx.array(batch.targets))
     # Not losses * weights: an infinite loss on a masked token would make the sum NaN.
     return mx.where(mx.array(batch.weights) > 0, losses, 0).sum()
@@ -54,7 +56,7 @@ class ChunkedLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> mx.array:
         """The loss sum of ``batch``; in training mode with its gradient."""
         positions = np.flatnonzero(batch.weights)
-        hidden = model.model(mx.array(batch.inputs))
+        hidden = model.model(mx.array(batch.inputs), **attention_arguments(model, batch))
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]
         targets = mx.array(batch.targets.reshape(-1)[positions])
         if not model.training:
