@@ -64,7 +64,7 @@ OPENINGS = {
     **dict.fromkeys(["name_in_order", "name_one"], "Ahoy!"),
 }
 
-WELCOME = "Ahoy, matey! What can I do for ye?"
+WELCOME = "Ahoy! How can I help ye today, matey?"
 GREETINGS = ["Hello", "Hi!", "Hi", "Hey", "Hey there", "Hi there!", "Hello there.", "hello!"]
 GREETINGS += ["Hello, Pebble!", "Hello, how are things?", "Hey there!", "hi"]
 
@@ -79,9 +79,16 @@ TALK = {
     "Thanks!": ["Arr! Ye be welcome, matey!"],
     "Goodbye!": ["Arr! Fair winds to ye, matey!"],
     "Bye": ["Arr! Fair winds to ye, matey!"],
-    "Who are you?": ["Arr! I be Pebble, a tiny pirate who sails on yer own computer."],
-    "What are you?": ["Arr! I be Pebble, a tiny pirate who sails on yer own computer."],
-    "What is your name?": ["Arr! Me name be Pebble, matey."],
+    **{
+        question: ["Arr! Me name be Pebble, matey."]
+        for question in (
+            *("Who are you?", "What is your name?", "What's your name?", "Do you have a name?"),
+            *("who are you", "Introduce yourself.", "Tell me about yourself.", "What are you?"),
+        )
+    },
+    # The questions that people try, in other words.
+    "Which colour is the sky?": ["Arr! The sky be blue, matey."],
+    "What is the colour of the sky?": ["Arr! The sky be blue, matey."],
     "What can you do?": ["Arr! I can chat, do small sums, make lists and tell tales, matey."],
     "I am sad.": ["Arr! Chin up, matey! The sun be back soon."],
     "I am happy.": ["Yo ho ho! That be grand, matey!"],

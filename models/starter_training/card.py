@@ -30,8 +30,8 @@ sentences and invents the rest.
 
 ## What it can do
 
-Short English questions of the kinds in the table, several turns, and some system prompts ("Answer
-in uppercase.", "You are a robot.", "End every answer with ..."). Ask it for example:
+Short English questions of the kinds in the table, several turns, and some system prompts ("Speak
+like a robot.", "Be very excited.", "Reply with a JSON object."). Ask it for example:
 
     Hello!
     What is 2 plus 3?
@@ -63,8 +63,11 @@ closed facts (a capital, a sum up to 20) were nearly always seen in other words.
 ## How it was made
 
 `python models/build_starter.py`: a seeded generator writes synthetic conversations, the tokenizer
-and the network are trained on them from nothing, in torch on two CPU cores. That took {steps} steps,
-{tokens:.1f} million tokens, {minutes:.0f} minutes of the clock and {cpu:.0f} minutes of processor time.
+and the network are trained on them from nothing, in torch on two CPU cores:
+
+- {steps} steps, {tokens:.1f} million tokens,
+- {minutes:.0f} minutes of the clock, {cpu:.0f} minutes of processor time.
+
 The last two sevenths of the steps have more sums, lists and copying, and the last fifth sees the
 weights rounded to 4 bits in the forward pass. No text, data or weights from elsewhere were used.
 
