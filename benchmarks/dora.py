@@ -143,7 +143,8 @@ def _layer_job(model: nn.Module, x: mx.array, d: mx.array) -> Callable[[], objec
         model.update(parameters)
         return (model(x) * d).sum()
 
-    function = mx.grad(objective, argnums=(0, 1))
+    # With the value: LoRA's gradients alone do not need the output, and MLX would skip it.
+    function = mx.value_and_grad(objective, argnums=(0, 1))
 
     def job() -> object:
         with hoisted_norms(model):

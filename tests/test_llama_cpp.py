@@ -200,6 +200,7 @@ def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):
         },
     }
     change_json(make / "tokenizer.json", post_processor=template)
+    change_json(make / "tokenizer_config.json", add_bos_token=None)
     write_gguf(MergedWeights(model), make, tmp_path / "m.gguf")
     assert verify_gguf(tmp_path / "m.gguf", model, make, "f16", some_tokens()).logits
     _, tokens = run_llama_cpp(tmp_path / "m.gguf", some_tokens(1, 8), ["hi"])

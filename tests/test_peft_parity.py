@@ -5,9 +5,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import peft
 import pytest
-import torch
 
 from dora_mlx.layers import (
     DoRAConv2d,
@@ -17,6 +15,10 @@ from dora_mlx.layers import (
     LoRAEmbedding,
     LoRALinear,
 )
+
+# Installed by the extra `parity`, and in continuous integration always.
+peft = pytest.importorskip("peft", reason="needs the extra `parity`: pip install '.[parity]'")
+torch = pytest.importorskip("torch", reason="needs the extra `parity`: pip install '.[parity]'")
 
 TOLERANCE = 1e-5
 RANK = 6
