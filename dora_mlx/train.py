@@ -203,6 +203,7 @@ class Display:
         self._loss: float | None = None
         self._validation: list[float] = []
         self._last_step: dict[str, Any] | None = None
+        self._tokens, self._seconds = 0, 0.0
 
     def __enter__(self) -> "Display":
         return self
@@ -247,6 +248,10 @@ class Display:
     def _step(self, event: dict[str, Any]) -> None:
         if self._bar is None:
             return
+        before = self._last_step["tokens"] if self._last_step else 0
+        if self._last_step or event["step"] == 1:
+            self._tokens += event["tokens"] - before
+            self._seconds += (event["tokens"] - before) / event["tokens_per_second"]
         self._last_step = event
         loss = event["loss"]
         # A running mean: the loss of one batch says little.
@@ -267,7 +272,8 @@ class Display:
         if self._validation:
             first, last = self._validation[0], self._validation[-1]
             parts.append(f"validation loss {first:.3f} -> {last:.3f}")
-        parts.append(f"{self._last_step['tokens_per_second']:.0f} trained tokens/s")
+        if self._seconds:
+            parts.append(f"{self._tokens / self._seconds:.0f} trained tokens/s")
         parts.append(f"peak memory {self._last_step['peak_memory_bytes'] / 1e9:.2f} GB")
         reason = event["reason"].replace("_", " ").capitalize()
         return f"{reason}: {', '.join(parts)}"
