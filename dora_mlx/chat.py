@@ -3,12 +3,11 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_mlx.command_line import parser_for, run_command
+from dora_mlx.command_line import add_runs_dir_flag, parser_for, run_command
 from dora_mlx.errors import UserError
-from dora_mlx.run_folder import DEFAULT_RUNS_DIR, find_run
+from dora_mlx.run_folder import find_run
 
 if TYPE_CHECKING:
     from dora_mlx.adapters.trained import TrainedModel
@@ -73,13 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = parser_for("chat", DESCRIPTION, EXAMPLES)
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to talk to.")
-    parser.add_argument(
-        "--runs-dir",
-        metavar="DIR",
-        type=Path,
-        default=Path(DEFAULT_RUNS_DIR),
-        help="Folder that holds the runs. Default: runs.",
-    )
+    add_runs_dir_flag(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="Answer this one message and end.")
     parser.add_argument(
         "--compare",

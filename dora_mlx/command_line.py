@@ -8,10 +8,12 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from dora_mlx.config import TrainConfig, flag_of, plain_type
 from dora_mlx.errors import UserError
+from dora_mlx.run_folder import DEFAULT_RUNS_DIR
 
 # Exit codes: 0 done, 1 a failure that is not the person's doing, 2 something to fix, 130 Ctrl-C.
 USER_ERROR = 2
@@ -54,6 +56,17 @@ def parser_for(verb: str, description: str, epilog: str = "") -> argparse.Argume
         epilog=epilog,
         formatter_class=Formatter,
         allow_abbrev=False,
+    )
+
+
+def add_runs_dir_flag(group: "argparse._ActionsContainer") -> None:
+    """``--runs-dir``, the same for every command that has to do with runs."""
+    group.add_argument(
+        "--runs-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path(DEFAULT_RUNS_DIR),
+        help=f"Folder that holds the runs. Default: {DEFAULT_RUNS_DIR}.",
     )
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_mlx.command_line import parser_for, run_command
+from dora_mlx.command_line import add_runs_dir_flag, parser_for, run_command
 from dora_mlx.errors import UserError
-from dora_mlx.run_folder import DEFAULT_RUNS_DIR, RunFolder, find_run
+from dora_mlx.run_folder import RunFolder, find_run
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -127,13 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = parser_for("export", DESCRIPTION, EXAMPLES)
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to export.")
-    parser.add_argument(
-        "--runs-dir",
-        metavar="DIR",
-        type=Path,
-        default=Path(DEFAULT_RUNS_DIR),
-        help="Folder that holds the runs. Default: runs.",
-    )
+    add_runs_dir_flag(parser)
     parser.add_argument("--format", required=True, choices=QUANTS, help="What to write.")
     parser.add_argument(
         "--quant",

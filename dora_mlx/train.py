@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dora_mlx.command_line import (
     INTERRUPTED,
     add_option_flags,
+    add_runs_dir_flag,
     given_options,
     parser_for,
     run_command,
@@ -56,13 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_for("train", DESCRIPTION, EXAMPLES)
     run = parser.add_argument_group("the run")
     run.add_argument("--run", metavar="NAME", help="Name of the run. Default: from model and data.")
-    run.add_argument(
-        "--runs-dir",
-        metavar="DIR",
-        type=Path,
-        default=Path(DEFAULT_RUNS_DIR),
-        help="Folder that holds the runs. Default: runs.",
-    )
+    add_runs_dir_flag(run)
     run.add_argument("--resume", metavar="NAME", help="Go on with a run that was stopped.")
     run.add_argument(
         "--overwrite", action="store_true", help="Replace the run if there is one of that name."
