@@ -16,8 +16,8 @@ from dora_mlx.data.packing import pack
 
 # Examples are sorted by length within this many batches: little padding, still well mixed.
 _BATCHES_SORTED_TOGETHER = 16
-# Widths are rounded up to a multiple, so that few shapes have to be compiled.
-_WIDTH_MULTIPLE = 32
+# Widths are rounded up to a multiple: few shapes of buffers, and products of good sizes.
+_WIDTH_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
