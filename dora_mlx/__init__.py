@@ -20,8 +20,10 @@ _EXPORTS = {
     "adapters_disabled": "dora_mlx.adapters.attach",
     "export_run": "dora_mlx.export",
     "finetune": "dora_mlx.training.finetune",
+    "MemoryPlan": "dora_mlx.training.memory_plan",
     "list_models": "dora_mlx.registry",
     "load_run": "dora_mlx.adapters.trained",
+    "plan_memory": "dora_mlx.training.memory_plan",
     "read_events": "dora_mlx.training.events",
     "stream_answer": "dora_mlx.chat",
 }
