@@ -17,6 +17,7 @@ Every verb is `dora-mlx VERB` and `python -m dora_mlx.VERB`. This page is writte
 
 
 def main() -> int:
+    """Write the page."""
     PAGE.write_text(commands_page(), encoding="utf-8")
     return 0
 
@@ -43,8 +44,9 @@ def _row(action: argparse.Action) -> str:
     if action.option_strings and action.nargs != 0:
         value = action.metavar or "|".join(map(str, action.choices or [action.dest.upper()]))
         name = name.removesuffix("`") + f" {value}`"
-    escaped = (action.help or "").replace("%%", "%")
-    return f"| {name} | {escaped} |"
+    cells = [name, (action.help or "").replace("%%", "%")]
+    # A bar would end the cell, also within code.
+    return " | ".join(["", *(cell.replace("|", r"\|") for cell in cells), ""]).strip()
 
 
 if __name__ == "__main__":

@@ -65,11 +65,12 @@ def stream_answer(
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and chat; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return run_command(lambda: _chat(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = parser_for("chat", DESCRIPTION, EXAMPLES)
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to talk to.")
     add_runs_dir_flag(parser)

@@ -49,11 +49,12 @@ _TRAINED, _MASKED, _PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and check; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return run_command(lambda: _check(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = parser_for("check", DESCRIPTION, EXAMPLES)
     parser.add_argument("data", metavar="FILE", help="File, folder or hub:owner/name to check.")
     parser.add_argument(

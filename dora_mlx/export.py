@@ -120,11 +120,12 @@ def export_run(
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and export; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return run_command(lambda: _export(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = parser_for("export", DESCRIPTION, EXAMPLES)
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to export.")
     add_runs_dir_flag(parser)

@@ -1,5 +1,6 @@
 """``dora-mlx models``: list the models known by a short name."""
 
+import argparse
 import sys
 
 from dora_mlx.command_line import parser_for, run_command
@@ -13,9 +14,13 @@ Any folder with an MLX model and any Hub name (owner/name) of one work as well.
 
 def main(argv: list[str] | None = None) -> int:
     """Print the list; returns the exit code."""
-    parser = parser_for("models", DESCRIPTION)
-    parser.parse_args(argv)
+    build_parser().parse_args(argv)
     return run_command(_list)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    return parser_for("models", DESCRIPTION)
 
 
 def _list() -> int:

@@ -49,11 +49,12 @@ Ctrl-C stops after the current step and keeps everything; --resume goes on from 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and train; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return run_command(lambda: _train(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = parser_for("train", DESCRIPTION, EXAMPLES)
     run = parser.add_argument_group("the run")
     run.add_argument("--run", metavar="NAME", help="Name of the run. Default: from model and data.")

@@ -55,7 +55,7 @@ def flags_for(values):
 
 
 def parse(*argv):
-    return train._what_to_train(train._parser().parse_args([*argv]))
+    return train._what_to_train(train.build_parser().parse_args([*argv]))
 
 
 def test_every_option_is_a_flag_and_survives_the_file(tmp_path):

@@ -11,9 +11,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def test_page_of_commands_is_what_the_options_say():
-    spec = importlib.util.spec_from_file_location(
-        "build_commands", ROOT / "docs/build_commands.py"
-    )
+    spec = importlib.util.spec_from_file_location("build_commands", ROOT / "docs/build_commands.py")
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
     written = builder.PAGE.read_text(encoding="utf-8")
