@@ -1,9 +1,9 @@
 """A model's weights in the names of its base checkpoint: merged, dequantized, one at a time.
 
-An adapted layer is any module with a method ``merged_weight() -> mx.array`` (float32
-``[out, in]``) and a child ``base``, the layer that it adapts. It stands for its base: the merged
-weight takes the name of the base's weight, the base's bias is unchanged, and the adapter's own
-parameters have no name here.
+An adapted layer is any module with a method ``merged_weight() -> mx.array`` (float32, shaped as
+the weight of its base) and a child ``base``, the layer that it adapts. It stands for its base:
+the merged weight takes the name of the base's weight, the base's bias is unchanged, and the
+adapter's own parameters have no name here.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import is_quantized, weight_rows, weight_shape
+from dora_mlx.kernels.frozen_product import is_quantized, row_shape, weight_rows, weight_shape
 
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -23,6 +23,7 @@ _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 class _Tensor:
     shape: tuple[int, ...]
     compute: Callable[[], mx.array]
+    packed: nn.Module | None = None
 
 
 class MergedWeights:
@@ -63,6 +64,10 @@ class MergedWeights:
         mx.clear_cache()
         return tensor
 
+    def packed(self, name: str) -> nn.Module | None:
+        """The quantized layer whose weight ``name`` is, unless an adapter changed that weight."""
+        return self._tensors[name].packed
+
     def items(self) -> Iterator[tuple[str, mx.array]]:
         """``(name, tensor)``, each computed when it is reached."""
         for name in self._tensors:
@@ -89,19 +94,14 @@ def _layer(layer: nn.Module, name: str) -> Iterator[tuple[str, _Tensor]]:
     compute = getattr(layer, "merged_weight", None)
     if compute is not None:
         base = layer.base
-    if "global_scale" in base:
-        raise UserError(
-            f"{name} is quantized with a global scale, which cannot be exported yet. "
-            "Train on another quantization of this model."
-        )
-    if base["weight"].ndim != 2:
-        raise UserError(f"{name} is a mixture of experts, which cannot be exported yet.")
+    shape = weight_shape(base)
     if compute is None:
 
         def compute() -> mx.array:
-            return weight_rows(base, 0, base["weight"].shape[0], mx.float32)
+            return weight_rows(base, 0, row_shape(base)[0], mx.float32).reshape(shape)
 
-    yield _join(name, "weight"), _Tensor(weight_shape(base), compute)
+    packed = base if base is layer else None
+    yield _join(name, "weight"), _Tensor(shape, compute, packed)
     if "bias" in base:
         yield _join(name, "bias"), _plain(base["bias"], _join(name, "bias"))
 
