@@ -21,6 +21,7 @@ _EXPORTS = {
     "export_run": "dora_mlx.export",
     "finetune": "dora_mlx.training.finetune",
     "MemoryPlan": "dora_mlx.training.memory_plan",
+    "inspect_run": "dora_mlx.analysis.inspection",
     "list_models": "dora_mlx.registry",
     "load_run": "dora_mlx.adapters.trained",
     "plan_memory": "dora_mlx.training.memory_plan",

@@ -202,6 +202,13 @@ class TrainConfig:
     steps_per_save: int = knob(
         50, "Optimizer steps between two checkpoints.", minimum=1, advanced=True
     )
+    keep_checkpoints: int = knob(
+        2,
+        "Number of checkpoints kept, the newest; `inspect` shows how the weights moved over them.",
+        minimum=1,
+        maximum=1000,
+        advanced=True,
+    )
     seed: int = knob(0, "Seed of the split, the order, the adapter and the dropout.", minimum=0)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ LAYERS = [
     ("layers", "loading"),
     ("adapters", "data"),
     ("training", "exporting"),
+    ("analysis",),
     ("train", "check", "chat", "export", "models"),
     ("__main__",),
 ]

@@ -133,6 +133,11 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, LowRankLayer)]
 
 
+def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Path and layer of everything in ``model`` that could be adapted, in its blocks or not."""
+    return [(path, m) for path, m in model.named_modules() if _layers_for(m)]
+
+
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within the block, ``model`` is its base model: the same weights without the adapters."""

@@ -26,6 +26,18 @@ def load_run(folder: RunFolder) -> TrainedModel:
     Raises:
         UserError: If the run has no adapter yet, or its base model is gone or has changed.
     """
+    base, config = load_base_of(folder)
+    spec = load_adapter(folder.path, base.model)
+    base.model.eval()
+    return TrainedModel(base, spec, config)
+
+
+def load_base_of(folder: RunFolder) -> tuple[LoadedModel, TrainConfig]:
+    """The base model of a run that has an adapter, without it, and the run's options.
+
+    Raises:
+        UserError: If the run has no adapter yet, or its base model is gone or has changed.
+    """
     saved = folder.read_config()
     config = TrainConfig.from_dict(saved["options"], where=str(folder.config_file))
     if not (folder.path / WEIGHTS_FILE).is_file():
@@ -40,7 +52,4 @@ def load_run(folder: RunFolder) -> TrainedModel:
             "trained on, so its adapter does not belong to it. Put the old files back, or train "
             "again."
         )
-    base = load_base(path)
-    spec = load_adapter(folder.path, base.model)
-    base.model.eval()
-    return TrainedModel(base, spec, config)
+    return load_base(path), config

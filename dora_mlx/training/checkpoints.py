@@ -18,7 +18,6 @@ import mlx.core as mx
 from dora_mlx.atomic import flush_to_disk, save_arrays
 from dora_mlx.errors import UserError
 
-KEPT = 2
 _PREFIX = "step_"
 _ARRAYS = "arrays.safetensors"
 _STATE = "state.json"
@@ -40,8 +39,10 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-def save_checkpoint(folder: Path, arrays: dict[str, mx.array], progress: Progress) -> Path:
-    """Write a checkpoint into ``folder``, keep the newest ``KEPT`` and return the new one.
+def save_checkpoint(
+    folder: Path, arrays: dict[str, mx.array], progress: Progress, kept: int
+) -> Path:
+    """Write a checkpoint into ``folder``, keep the newest ``kept`` and return the new one.
 
     A step that already has its checkpoint keeps it: the state of a step never differs.
     """
@@ -62,12 +63,12 @@ def save_checkpoint(folder: Path, arrays: dict[str, mx.array], progress: Progres
         flush_to_disk(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _newest_first(folder)[KEPT:]:
+    for old in _newest_first(folder)[kept:]:
         shutil.rmtree(old)
     return target
 
 
-def check_space(folder: Path, trainable_bytes: int) -> None:
+def check_space(folder: Path, trainable_bytes: int, kept: int) -> None:
     """Refuse to start a run whose checkpoints will not fit on the disk of ``folder``.
 
     Raises:
@@ -75,7 +76,7 @@ def check_space(folder: Path, trainable_bytes: int) -> None:
     """
     # A checkpoint has the parameters and two moments each; one more is written before the
     # oldest goes. The adapter is replaced in the same way.
-    needed = trainable_bytes * (3 * (KEPT + 1) + 2)
+    needed = trainable_bytes * (3 * (kept + 1) + 2)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -104,6 +105,30 @@ def load_newest_checkpoint(
         shutil.rmtree(path)
         damaged.append(path)
     return None
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps that ``folder`` has a checkpoint of, ascending."""
+    return sorted(int(path.name.removeprefix(_PREFIX)) for path in _newest_first(folder))
+
+
+def load_trained_parameters(folder: Path, step: int) -> dict[str, mx.array]:
+    """The trained parameters at ``step``, under their names in the model, read when used.
+
+    Raises:
+        UserError: If the checkpoint is damaged.
+    """
+    path = folder / f"{_PREFIX}{step:08d}"
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        intact = state["sha256"] == _digest(path / _ARRAYS)
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise UserError(f"The checkpoint {path} is damaged. Look at another one.")
+    arrays = cast(dict[str, mx.array], mx.load(str(path / _ARRAYS)))
+    prefix = "model."
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 
 def _newest_first(folder: Path) -> list[Path]:

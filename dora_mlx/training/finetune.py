@@ -82,7 +82,8 @@ def finetune(
         with folder.creating(overwrite):
             prepared = _prepare(config)
             arrays = trainable_arrays(prepared.base.model).values()
-            check_space(folder.path, sum(array.nbytes for array in arrays))
+            trainable_bytes = sum(array.nbytes for array in arrays)
+            check_space(folder.path, trainable_bytes, config.keep_checkpoints)
             folder.write_config(prepared.description)
     with folder.lock(), EventLog(folder.path, listener) as log:
         trainer = _trainer(prepared, folder, log)

@@ -228,5 +228,10 @@ class Trainer:
         return reason
 
     def _checkpoint(self) -> None:
-        path = save_checkpoint(self.folder / "checkpoints", self.state_arrays(), self.progress)
+        path = save_checkpoint(
+            self.folder / "checkpoints",
+            self.state_arrays(),
+            self.progress,
+            self.config.keep_checkpoints,
+        )
         self.log.write("checkpoint", step=self.progress.step, path=str(path))

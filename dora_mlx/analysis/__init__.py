@@ -1,0 +1,1 @@
+"""What a training did to the weights: the measures, the analysis of a run, its pictures."""
