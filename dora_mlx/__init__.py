@@ -15,16 +15,21 @@ __version__ = "0.1.0"
 blas_notice: str | None = load_openblas()
 
 _EXPORTS = {
+    "EXPORT_FORMATS": "dora_mlx.exporting.formats",
+    "ExportReport": "dora_mlx.exporting.report",
     "TrainConfig": "dora_mlx.config",
     "UserError": "dora_mlx.errors",
     "adapters_disabled": "dora_mlx.adapters.attach",
+    "default_export_path": "dora_mlx.export",
     "export_run": "dora_mlx.export",
+    "export_size": "dora_mlx.export",
     "finetune": "dora_mlx.training.finetune",
     "MemoryPlan": "dora_mlx.training.memory_plan",
     "inspect_run": "dora_mlx.analysis.inspection",
     "list_models": "dora_mlx.registry",
     "load_run": "dora_mlx.adapters.trained",
     "plan_memory": "dora_mlx.training.memory_plan",
+    "read_export_report": "dora_mlx.exporting.report",
     "read_events": "dora_mlx.training.events",
     "stream_answer": "dora_mlx.chat",
 }

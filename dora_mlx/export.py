@@ -1,4 +1,4 @@
-"""``python -m dora_mlx.export``: write a trained model with the adapter merged into its weights."""
+"""``python -m dora_mlx.export``: write a trained model for other programs, and measure it."""
 
 import argparse
 import sys
@@ -8,23 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_mlx.command_line import add_runs_dir_flag, parser_for, run_command
-from dora_mlx.errors import UserError
+from dora_mlx.command_line import FAILURE, add_runs_dir_flag, parser_for, run_command
+from dora_mlx.exporting.formats import EXPORT_FORMATS, ExportFormat, Quant, find_format
 from dora_mlx.run_folder import RunFolder, find_run
 
 if TYPE_CHECKING:
-    import mlx.core as mx
+    from dora_mlx.adapters.trained import TrainedModel
+    from dora_mlx.exporting.job import Job
+    from dora_mlx.exporting.judgement import Reference
+    from dora_mlx.exporting.report import ExportReport
 
-    from dora_mlx.exporting.verify import LogitReport
-    from dora_mlx.loading import LoadedModel
+EXPORTS_DIR = Path("exports")
+
+# Called with what is being done (reading, writing, checking, uploading), and with the bytes done
+# and in all, or 0 and 0 where there is nothing to count.
+Progress = Callable[[str, int, int], None]
 
 DESCRIPTION = """\
-Write a trained model as plain weights, the adapter merged into them in float32.
+Write a trained model for other programs, the adapter merged into the weights in float32.
 
-  safetensors   a folder in Hugging Face layout, for Transformers, mlx-lm and others
-  gguf          one file for llama.cpp, Ollama, LM Studio and others
+{formats}
 
-The result is read back and compared with the adapted model before the command says it is done.
+The result is read back and compared with the adapted model before it appears under its name; what
+was measured is printed and kept beside it.
 """
 
 EXAMPLES = """\
@@ -33,89 +39,77 @@ examples:
   python -m dora_mlx.export --run demo --format gguf --output pirate.gguf
 """
 
-# What --quant accepts for a format; the first is the default.
-QUANTS = {"safetensors": ("bf16", "f16"), "gguf": ("f16", "bf16", "f32")}
-_SAFETENSORS_DTYPES = {"bf16": "bfloat16", "f16": "float16"}
-
-# Long enough that a wrong rotary frequency or a lost tensor shows in the logits.
-_PROBE = "Tell me in a few sentences what you can do, and name three things you like."
-
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
-class Exported:
-    """What was written and how its logits differ from the adapted model's.
+class ExportSize:
+    """Bytes that an export needs, and bytes that are free where it would be written."""
 
-    ``logits`` is ``None`` for a GGUF file when llama.cpp is not installed; its tensors were
-    compared all the same.
-    """
-
-    output: Path
-    size: int
-    logits: "LogitReport | None"
+    needed: int
+    free: int
 
 
 def export_run(
     folder: RunFolder,
     output_format: str,
-    output: Path,
+    output: Path | None = None,
     *,
     quant: str | None = None,
     overwrite: bool = False,
+    strict: bool = False,
     progress: Progress | None = None,
-) -> Exported:
-    """Merge the adapter of a run, write the model and compare it with the adapted one.
+) -> "ExportReport":
+    """Write the trained model of a run, read it back and compare it with the adapted one.
+
+    Nothing appears under ``output`` until it has been written completely and has passed.
 
     Args:
         folder: The run.
-        output_format: ``safetensors`` or ``gguf``.
-        output: Folder or file to write; it appears when it is complete.
-        quant: ``bf16``, ``f16`` or (GGUF only) ``f32``.
-        overwrite: Replace an output that is there.
-        progress: Called with bytes written and bytes in all.
+        output_format: Name of one of ``EXPORT_FORMATS``.
+        output: Folder or file to write; by default ``default_export_path``.
+        quant: Name of one of the format's quants; by default the first.
+        overwrite: Replace an export that is there.
+        strict: Keep nothing, and raise, when a good part of the training is lost.
+        progress: Called with the phase and bytes; what it raises ends the export and leaves
+            nothing behind.
 
     Raises:
         UserError: If this model cannot be exported so, before any work; or the disk is full.
+            With ``strict`` a ``TrainingLostError``, which has the ``report``.
+        VerificationError: If what was written is not the model; nothing of it is kept.
     """
     from dora_mlx.adapters.trained import load_run
-    from dora_mlx.exporting.gguf.write import check_gguf_base, write_gguf
-    from dora_mlx.exporting.merge import MergedWeights
-    from dora_mlx.exporting.safetensors import check_safetensors_base, write_safetensors
-    from dora_mlx.exporting.verify import verify_gguf, verify_safetensors
-    from dora_mlx.registry import resolve
+    from dora_mlx.exporting.job import run_job
 
-    quant = _quant_for(output_format, quant)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists already. Replace it by --overwrite, or name another.")
-    base_dir = resolve(folder.read_config()["options"]["model"])
-    refuse = check_gguf_base if output_format == "gguf" else check_safetensors_base
-    refuse(base_dir)
-    base = load_run(folder).base
-    weights = MergedWeights(base.model)
-    reports: list[LogitReport | None] = []
+    say = progress or (lambda phase, done, total: None)
+    say("reading", 0, 0)
+    job = _job(folder, output_format, output, quant, overwrite=overwrite, strict=strict)
+    job.prepare()
+    trained = load_run(folder)
+    say("checking", 0, 0)
+    reference = _reference(folder, trained)
+    return run_job(job.with_model(trained.base.model), reference, progress)
 
-    def check_gguf(file: Path) -> None:
-        reports.append(verify_gguf(file, base.model, base_dir, quant, _probe(base)).logits)
 
-    def check_safetensors(written: Path) -> None:
-        reports.append(verify_safetensors(written, base.model, _probe(base)))
+def export_size(
+    folder: RunFolder, output_format: str, quant: str | None = None, output: Path | None = None
+) -> ExportSize:
+    """What an export would need, from the shapes of the model alone.
 
-    if output_format == "gguf":
-        write_gguf(
-            weights, base_dir, output, quant, progress, overwrite=overwrite, check=check_gguf
-        )
-    else:
-        write_safetensors(
-            weights,
-            base_dir,
-            output,
-            _SAFETENSORS_DTYPES[quant],
-            progress,
-            overwrite=overwrite,
-            check=check_safetensors,
-        )
-    return Exported(output, _size(output), reports[0])
+    Raises:
+        UserError: If this model cannot be exported so.
+    """
+    from dora_mlx.exporting.staging import free_space
+
+    job = _job(folder, output_format, output, quant, overwrite=True)
+    return ExportSize(job.size(), free_space(job.output))
+
+
+def default_export_path(run: str, export_format: ExportFormat, quant: Quant) -> Path:
+    """Where an export goes that was given no place."""
+    kind = [] if export_format.suffix else [export_format.name]
+    if len(export_format.quants) > 1:
+        kind.append(quant.name)
+    return EXPORTS_DIR / f"{'-'.join([run, *kind])}{export_format.suffix}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,83 +118,123 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: _export(arguments))
 
 
+def _job(
+    folder: RunFolder,
+    output_format: str,
+    output: Path | None,
+    quant: str | None,
+    *,
+    overwrite: bool,
+    strict: bool = False,
+) -> "Job":
+    export_format = find_format(output_format)
+    chosen = export_format.quant(quant)
+
+    from dora_mlx.exporting.job import Job
+    from dora_mlx.exporting.merge import MergedWeights
+    from dora_mlx.exporting.writer import ExportSource
+    from dora_mlx.loading import load_base
+    from dora_mlx.registry import resolve
+
+    name = folder.read_config()["options"]["model"]
+    base = load_base(resolve(name), lazy=True)
+    source = ExportSource(base, MergedWeights(base.model), folder.path)
+    place = output or default_export_path(folder.name, export_format, chosen)
+    return Job(source, export_format, chosen, place, folder.name, name, overwrite, strict)
+
+
+def _reference(folder: RunFolder, trained: "TrainedModel") -> "Reference":
+    from dora_mlx.exporting.job import measure
+    from dora_mlx.exporting.prompts import prompts_of_run
+    from dora_mlx.loading import load_base
+
+    vocabulary = trained.base.config["vocab_size"]
+    prompts = prompts_of_run(folder.read_config(), trained.base.tokenizer, vocabulary)
+    # Full fine-tuning has no adapter that could be disabled.
+    base = load_base(trained.base.path).model if trained.spec.method == "full" else None
+    return measure(trained.base.model, prompts, base)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = parser_for("export", DESCRIPTION, EXAMPLES)
+    formats = "\n".join(f"  {one.name:<12} {one.summary}" for one in EXPORT_FORMATS)
+    parser = parser_for("export", DESCRIPTION.format(formats=formats), EXAMPLES + _quants_help())
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to export.")
     add_runs_dir_flag(parser)
-    parser.add_argument("--format", required=True, choices=QUANTS, help="What to write.")
+    names = [one.name for one in EXPORT_FORMATS]
+    parser.add_argument("--format", required=True, choices=names, help="What to write.")
     parser.add_argument(
         "--quant",
         metavar="TYPE",
-        help="Type of the weights: bf16 (default) or f16 for safetensors; f16 (default), bf16 or "
-        "f32 for gguf.",
+        help="Type of the weights; the list below says what each format takes. "
+        "Default: the first of the list.",
     )
     parser.add_argument(
         "--output",
-        metavar="DIR",
+        metavar="PATH",
         type=Path,
-        help="Folder (safetensors) or file (gguf) to write. "
-        "Default: exports/RUN-safetensors or exports/RUN-TYPE.gguf.",
+        help=f"Folder or file to write. Default: in {EXPORTS_DIR}/, named after the run.",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="Replace the output if it is there."
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="Keep nothing and end with code 1 when rounding has undone a good part of the "
+        "training. Without it the export is kept, with a warning.",
+    )
     return parser
 
 
+def _quants_help() -> str:
+    lines = []
+    for export_format in EXPORT_FORMATS:
+        lines.append(f"\n--quant for {export_format.name}:")
+        lines += [f"  {quant.name:<10} {quant.help}" for quant in export_format.quants]
+    return "\n".join(lines) + "\n"
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    quant = _quant_for(arguments.format, arguments.quant)
+    # A wrong --quant is said before anything is imported.
+    find_format(arguments.format).quant(arguments.quant)
     folder = find_run(arguments.run, arguments.runs_dir)
-    suffix = "-safetensors" if arguments.format == "safetensors" else f"-{quant}.gguf"
-    output = arguments.output or Path("exports") / f"{folder.name}{suffix}"
-    with _progress_bar() as progress:
-        exported = export_run(
-            folder,
-            arguments.format,
-            output,
-            quant=quant,
-            overwrite=arguments.overwrite,
-            progress=progress,
-        )
-    print(f"Wrote {exported.output} ({exported.size / 1e6:.1f} MB).")
-    if exported.logits is None:
-        print(
-            "Read back: every tensor equals the merged weight. Its logits were not compared: "
-            "install dora-mlx[gguf-verify] to load it in llama.cpp as well."
-        )
-    else:
-        program = "llama.cpp" if arguments.format == "gguf" else "mlx-lm"
-        print(
-            f"Read back by {program}: largest logit difference to the adapted model "
-            f"{exported.logits.max_abs_logit_difference:.2g}, same likeliest token at "
-            f"{exported.logits.top1_agreement:.0%} of the positions."
-        )
+
+    from dora_mlx.exporting.job import TrainingLostError
+    from dora_mlx.exporting.logits import VerificationError
+
+    try:
+        with _progress_bar() as progress:
+            report = export_run(
+                folder,
+                arguments.format,
+                arguments.output,
+                quant=arguments.quant,
+                overwrite=arguments.overwrite,
+                strict=arguments.strict,
+                progress=progress,
+            )
+    except TrainingLostError as error:
+        _print_figures(error.report)
+        print(f"error: {error} Nothing was kept (--strict).", file=sys.stderr)
+        return FAILURE
+    except VerificationError as error:
+        print(f"error: {error}. This is a bug; nothing was kept.", file=sys.stderr)
+        return FAILURE
+    print(f"Wrote {report.output} ({report.size_bytes / 1e6:.1f} MB).")
+    _print_figures(report)
     return 0
 
 
-def _quant_for(output_format: str, quant: str | None) -> str:
-    choices = QUANTS[output_format]
-    if quant is None:
-        return choices[0]
-    if quant not in choices:
-        raise UserError(
-            f"--quant {quant} is not available for {output_format}; choose {' or '.join(choices)}."
-        )
-    return quant
-
-
-def _probe(base: "LoadedModel") -> "mx.array":
-    """Token ids ``[1, length]`` of a conversation to compare logits on."""
-    import mlx.core as mx
-
-    messages = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-    return mx.array([base.tokenizer.apply_chat_template(messages)])
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+def _print_figures(report: "ExportReport") -> None:
+    print(
+        f"Read back by {report.program} and compared on {report.prompts} prompts "
+        f"({report.positions} tokens) of {report.prompts_from}:\n"
+    )
+    print("\n".join(f"  {line}" for line in report.table()))
+    print()
+    for sentence in report.verdict:
+        print(sentence)
 
 
 @contextmanager
@@ -208,13 +242,13 @@ def _progress_bar() -> Iterator[Progress]:
     from tqdm import tqdm
 
     bar: tqdm[Any]
-    with tqdm(
-        unit="B", unit_scale=True, desc="Merging and writing", leave=False, disable=None
-    ) as bar:
+    with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def show(phase: str, done: int, total: int) -> None:
+            bar.set_description(phase.capitalize(), refresh=False)
+            bar.total = total or None
+            bar.n = done
+            bar.refresh()
 
         yield show
 

@@ -41,11 +41,16 @@ class LoadedModel:
     path: Path
 
 
-def load_base(path: Path) -> LoadedModel:
+def load_base(path: Path, *, lazy: bool = False) -> LoadedModel:
     """Load the model in a folder and make sure that all of it arrived.
 
     On a CPU device every floating parameter, scale and bias becomes float32, exactly: 16-bit
     products are slow there.
+
+    Args:
+        path: The folder.
+        lazy: Leave every array as it is stored, to be read when it is asked for: what a model
+            is made of, for no memory. Such a model is for looking at, not for computing.
 
     Raises:
         UserError: If a file is missing, broken or cut short, the architecture is not one of
@@ -59,6 +64,8 @@ def load_base(path: Path) -> LoadedModel:
     overrides = mlx_lm_overrides(config, arguments, path)
     _check_arguments(arguments, {**config, **overrides}, path)
     model, config = _build(path, overrides)
+    if not lazy:
+        _make_ready(model)
     return LoadedModel(model, _load_tokenizer(path, config), config, path)
 
 
@@ -230,10 +237,7 @@ def _check_arguments(arguments: Any, config: Config, path: Path) -> None:
 
 
 def _build(path: Path, overrides: Config) -> tuple[Any, Config]:
-    import mlx.core as mx
     from mlx_lm.utils import _get_classes, load_model
-
-    from dora_mlx.kernels.frozen_product import use_blocked_products
 
     def checked_classes(config: Config) -> tuple[Any, Any]:
         model_class, arguments = _get_classes(config)
@@ -251,11 +255,18 @@ def _build(path: Path, overrides: Config) -> tuple[Any, Config]:
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"mlx-lm cannot load {path}: {_first_line(error)}.") from error
+    return model, config
+
+
+def _make_ready(model: Any) -> None:
+    import mlx.core as mx
+
+    from dora_mlx.kernels.frozen_product import use_blocked_products
+
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
         use_blocked_products(model)
     mx.eval(model.parameters())
-    return model, config
 
 
 def _check_on_arrival(model: Any, path: Path) -> None:

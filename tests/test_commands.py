@@ -51,7 +51,7 @@ def test_train_says_what_to_try_next_and_those_commands_work(trained, capsys):
         _, _, module, *rest = command.replace('"', "").split()
         assert verbs[module](rest) == 0
     written = list(Path("exports").iterdir())
-    assert [path.name for path in written] == ["second-f16.gguf"]
+    assert {path.name for path in written} == {"second-f16.gguf", "second-f16.export_report.json"}
     log = (trained.path / "log.txt").read_text()
     assert "validation loss" in log
 
@@ -90,7 +90,8 @@ def test_export_writes_verifies_and_does_not_replace(trained, capsys, output_for
     assert export.main(flags) == 2
     assert "exists already" in one_sentence_error(capsys)
     assert export.main([*flags, "--overwrite"]) == 0
-    assert len(list(Path("out").iterdir())) == 1
+    written = {path.name for path in Path("out").iterdir()}
+    assert written - {"model.export_report.json"} == {Path(flags[-1]).name}
 
 
 def folder_without_model(tmp_path):

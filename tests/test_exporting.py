@@ -13,9 +13,10 @@ from mlx_lm.utils import load_model
 
 from dora_mlx.errors import UserError
 from dora_mlx.exporting import verify
+from dora_mlx.exporting.logits import VerificationError, compare_logits
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.safetensors import check_safetensors_base, write_safetensors
-from dora_mlx.exporting.verify import VerificationError, compare_logits, verify_safetensors
+from dora_mlx.exporting.verify import verify_safetensors
 
 
 def llama_names(layers: int, tied: bool, biases: bool = False) -> set[str]:
@@ -78,8 +79,8 @@ def test_a_stand_in_with_merged_weight_is_enough(tmp_path):
             self.base = base
             self.lora_a = mx.zeros((4, 2))
 
-        def merged_weight(self):
-            return self.base.weight * 2
+        def merged_blocks(self):
+            yield self.base.weight * 2
 
     model = make_base(tmp_path)
     attention = model.layers[0].self_attn

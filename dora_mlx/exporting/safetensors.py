@@ -11,16 +11,22 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.exporting.logits import coarser
+from dora_mlx.exporting.merge import Weights
 from dora_mlx.exporting.precision import encode
+from dora_mlx.exporting.reload import logits_of_folder
 from dora_mlx.exporting.rope import read_rope
 from dora_mlx.exporting.staging import Progress, byte_counter, staged_folder
+from dora_mlx.exporting.verify import check_folder
+from dora_mlx.exporting.writer import ExportSource, Reading
 from dora_mlx.model_config import read_json
 
 MAX_SHARD_BYTES = 4 * 10**9
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16}
 # Architectures whose parameters mlx-lm names as Transformers does.
 MODEL_TYPES = ("llama", "mistral")
+# What --quant calls them.
+QUANTS = {"bf16": "bfloat16", "f16": "float16"}
 
 _FORMAT_NAMES = {"bfloat16": "BF16", "float16": "F16"}
 _COPIED = (
@@ -52,7 +58,7 @@ def check_safetensors_base(base_dir: Path) -> None:
 
 
 def write_safetensors(
-    weights: MergedWeights,
+    weights: Weights,
     base_dir: Path,
     output_dir: Path,
     dtype: str = "bfloat16",
@@ -151,7 +157,7 @@ def _plan_shards(sizes: dict[str, int], limit: int) -> list[_Shard]:
 def _write_shard(
     file: BinaryIO,
     shard: _Shard,
-    weights: MergedWeights,
+    weights: Weights,
     dtype: str,
     report: Callable[[int], None],
 ) -> None:
@@ -181,3 +187,46 @@ def _index(shards: list[_Shard], total: int) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class SafetensorsWriter:
+    """See ``Writer``."""
+
+    def refuse(self, source: ExportSource, quant: str) -> None:
+        """Refuse a model that has no Hugging Face form here."""
+        check_safetensors_base(source.base_dir)
+
+    def size(self, source: ExportSource, quant: str) -> int:
+        """Bytes of the tensors."""
+        return sum(prod(shape) * 2 for shape in source.weights.shapes().values())
+
+    def write(
+        self,
+        source: ExportSource,
+        output: Path,
+        quant: str,
+        progress: Progress | None = None,
+        *,
+        overwrite: bool = False,
+        check: Callable[[Path], object] | None = None,
+    ) -> None:
+        """Write the folder."""
+        write_safetensors(
+            source.weights,
+            source.base_dir,
+            output,
+            QUANTS[quant],
+            progress,
+            overwrite=overwrite,
+            check=check,
+        )
+
+    def read(self, source: ExportSource, written: Path, quant: str, tokens: mx.array) -> Reading:
+        """Compare every tensor bit for bit, and run the folder in mlx-lm."""
+        check_folder(written, source.weights)
+        logits, computed_in = logits_of_folder(written, tokens)
+        precision = coarser(DTYPES[QUANTS[quant]], computed_in)
+        return Reading("mlx-lm", len(source.weights), logits, precision)
+
+
+WRITER = SafetensorsWriter()

@@ -54,10 +54,10 @@ def _staged(target: Path, needed: int, overwrite: bool, folder: bool) -> Iterato
     with _explained(target, needed):
         target = target.resolve()
         partial = target.with_name(f"{_partial_prefix(target)}{os.getpid()}")
-        _refuse_existing(target, overwrite, folder)
+        check_target(target, overwrite, folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        _check_space(target, needed)
+        check_space(target, needed)
         if folder:
             partial.mkdir()
         else:
@@ -66,7 +66,7 @@ def _staged(target: Path, needed: int, overwrite: bool, folder: bool) -> Iterato
             yield partial
             _flush_tree(partial)
             # Hours may have passed since the first look.
-            _refuse_existing(target, overwrite, folder)
+            check_target(target, overwrite, folder)
             _put_in_place(partial, target)
             flush_to_disk(target.parent)
         finally:
@@ -97,7 +97,12 @@ def _explained(target: Path, needed: int) -> Iterator[None]:
         raise
 
 
-def _refuse_existing(target: Path, overwrite: bool, folder: bool) -> None:
+def check_target(target: Path, overwrite: bool, folder: bool) -> None:
+    """Refuse a target that is there, unless it may be overwritten and is what it should be.
+
+    Raises:
+        UserError: Saying which of the two it is.
+    """
     if not target.exists():
         return
     if not overwrite:
@@ -112,8 +117,21 @@ def _refuse_existing(target: Path, overwrite: bool, folder: bool) -> None:
         )
 
 
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
+def free_space(target: Path) -> int:
+    """Free bytes on the disk that ``target`` will be on, whether its folders exist or not."""
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Refuse to write what does not fit.
+
+    Raises:
+        UserError: If fewer than ``needed`` bytes are free on the disk of ``target``.
+    """
+    free = free_space(target)
     if free < needed:
         raise UserError(
             f"{target} needs {_readable(needed)} and its disk has {_readable(free)} free. "

@@ -27,13 +27,11 @@ from tokenizers import Tokenizer
 import dora_mlx
 from dora_mlx.exporting.gguf.architectures import rope_frequency_factors
 from dora_mlx.exporting.gguf.write import DTYPES, ROPE_FACTORS, plan_file, tensor_types
-from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.exporting.logits import LIMITS, VerificationError, compare_logits, logits_of
+from dora_mlx.exporting.merge import MergedWeights, Weights
 from dora_mlx.exporting.precision import encode
+from dora_mlx.exporting.report import LogitReport
 from dora_mlx.model_config import read_json
-
-# Root mean square of the logit difference over the spread of the logits. Rounding stays an order
-# of magnitude below; one wrong tensor, permutation or frequency is an order of magnitude above.
-LIMITS = {mx.float32: 1e-3, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 # Contractions, runs of digits and spaces, line ends, scripts, joined emoji, special tokens.
 PROBES = (
@@ -45,25 +43,6 @@ PROBES = (
     "https://example.org/a_b?c=1&d=%20#x !!!??? ... ''' \"\"\" ``` <|>|< 's 'S 't'T",
     "0 00 000 1234567890 1,000,000 3rd 4x4 a1b2c3 v1.2.3",
 )
-
-
-class VerificationError(RuntimeError):
-    """An exported file is not the model that was exported."""
-
-
-@dataclass(frozen=True)
-class LogitReport:
-    """How two models' logits differ, over every position of the same tokens.
-
-    ``relative_rms`` is the root mean square of the difference over the standard deviation of the
-    reference, ``top1_agreement`` the share of positions with the same most likely token, and
-    ``kl`` the mean divergence of the other distribution from the reference, in nats.
-    """
-
-    max_abs_logit_difference: float
-    relative_rms: float
-    top1_agreement: float
-    kl: float
 
 
 @dataclass(frozen=True)
@@ -86,13 +65,13 @@ def verify_safetensors(folder: Path, model: nn.Module, token_ids: mx.array) -> L
         VerificationError: When a tensor is not the merged weight at the folder's precision, or
             the logits differ by more than that precision explains.
     """
-    _check_folder(folder, MergedWeights(model))
-    reference, dtype = _reference_logits(model, token_ids)
+    check_folder(folder, MergedWeights(model))
+    reference, dtype = logits_of(model, token_ids)
     reloaded, config = load_model(folder, lazy=True)
     if mx.default_device().type == mx.DeviceType.cpu:
         # Half precision products are slow on a CPU, and add their own rounding.
         reloaded.set_dtype(mx.float32)
-    logits, computed_in = _reference_logits(reloaded, token_ids)
+    logits, computed_in = logits_of(reloaded, token_ids)
     report = compare_logits(reference, logits)
     _check(report, [dtype, computed_in, getattr(mx, config["torch_dtype"])], folder)
     return report
@@ -113,14 +92,14 @@ def verify_gguf(
     Raises:
         VerificationError: When a tensor, a logit or the tokenization is not what it has to be.
     """
-    count = _check_tensors(file, MergedWeights(model), base_dir, dtype)
+    count = check_gguf_tensors(file, MergedWeights(model), base_dir, dtype)
     if not llama_cpp_is_installed():
         return GgufReport(count, None)
-    reference, computed_in = _reference_logits(model, token_ids)
+    reference, computed_in = logits_of(model, token_ids)
     logits, tokens = run_llama_cpp(file, token_ids, PROBES)
     report = compare_logits(reference, logits)
     _check(report, [computed_in, DTYPES[dtype][0]], file)
-    _check_tokens(tokens, base_dir, file)
+    check_gguf_tokens(tokens, base_dir, file)
     return GgufReport(count, report)
 
 
@@ -153,45 +132,6 @@ def run_llama_cpp(
         return np.load(Path(folder) / "logits.npy"), tokens
 
 
-def compare_logits(reference: NDArray[np.float32], other: NDArray[np.float32]) -> LogitReport:
-    """The difference of two arrays of logits ``[B, L, vocab]``.
-
-    Raises:
-        VerificationError: When a logit is not finite or the shapes differ.
-    """
-    if reference.shape != other.shape:
-        raise VerificationError(f"logits are {other.shape} where {reference.shape} are expected")
-    a, b = reference.astype(np.float64), other.astype(np.float64)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise VerificationError("a logit is NaN or infinite")
-    difference = b - a
-    log_p, log_q = _log_softmax(a), _log_softmax(b)
-    return LogitReport(
-        max_abs_logit_difference=float(np.abs(difference).max()),
-        relative_rms=float(np.sqrt(np.square(difference).mean()) / a.std()),
-        top1_agreement=float((a.argmax(-1) == b.argmax(-1)).mean()),
-        kl=float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
-    )
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _reference_logits(
-    model: nn.Module, token_ids: mx.array
-) -> tuple[NDArray[np.float32], mx.Dtype]:
-    # Dropout would be a difference; the caller's mode is put back.
-    training = model.training
-    model.eval()
-    try:
-        logits = model(token_ids)
-        return np.array(logits.astype(mx.float32)), logits.dtype
-    finally:
-        model.train(training)
-
-
 def _check(report: LogitReport, dtypes: list[mx.Dtype], place: Path) -> None:
     limit = max(LIMITS[dtype] for dtype in dtypes)
     if not report.relative_rms <= limit:
@@ -201,7 +141,12 @@ def _check(report: LogitReport, dtypes: list[mx.Dtype], place: Path) -> None:
         )
 
 
-def _check_folder(folder: Path, weights: MergedWeights) -> None:
+def check_folder(folder: Path, weights: Weights) -> None:
+    """Compare every tensor of a safetensors folder bit for bit.
+
+    Raises:
+        VerificationError: When one is missing, left over, or not the merged weight.
+    """
     dtype = getattr(mx, read_json(folder / "config.json")["torch_dtype"])
     # Nothing is read before it is compared.
     found: dict[str, mx.array] = {}
@@ -216,7 +161,7 @@ def _check_folder(folder: Path, weights: MergedWeights) -> None:
             raise VerificationError(f"{name} in {folder} does not hold the merged weights")
 
 
-def _check_tensors(file: Path, weights: MergedWeights, base_dir: Path, dtype: str) -> int:
+def check_gguf_tensors(file: Path, weights: Weights, base_dir: Path, dtype: str) -> int:
     """Compare every tensor bit for bit; returns how many there are."""
     _, numbers, plans = plan_file(base_dir, weights.shapes())
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
@@ -244,7 +189,12 @@ def _check_bytes(tensor: Any, data: NDArray[Any], shape: tuple[int, ...]) -> Non
         raise VerificationError(f"{tensor.name} does not hold the merged weights")
 
 
-def _check_tokens(tokens: dict[str, list[list[int]]], base_dir: Path, file: Path) -> None:
+def check_gguf_tokens(tokens: dict[str, list[list[int]]], base_dir: Path, file: Path) -> None:
+    """Compare llama.cpp's tokens of ``PROBES`` with those of the tokenizer in ``base_dir``.
+
+    Raises:
+        VerificationError: Naming the text that differs.
+    """
     read_json(base_dir / "tokenizer.json")
     tokenizer = Tokenizer.from_file(str(base_dir / "tokenizer.json"))
     for key, added in (("plain", False), ("with_special", True)):

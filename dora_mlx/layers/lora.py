@@ -9,7 +9,7 @@ W ``[out, in]`` frozen, maybe quantized; A ``[in, rank]``; B ``[rank, out]``; s 
 in ``dora.py`` add how the two are combined. A layer such as ``DoRAConv2d`` is one of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -66,15 +66,17 @@ class LowRankLayer(nn.Module):
 
     def merged_weight(self) -> mx.array:
         """The weight with the adapter in it: float32, shaped as W, computed in blocks of rows."""
+        return mx.concatenate(list(self.merged_blocks())).reshape(weight_shape(self.base))
+
+    def merged_blocks(self) -> Iterator[mx.array]:
+        """The rows of ``merged_weight`` in order, a block ``[rows, width]`` of them at a time."""
         gain = self._merged_gain()
-        blocks = []
         for start, stop in row_blocks(self.base):
             rows = updated_rows(self.base, self._update(), slice(start, stop))
             if gain is not None:
                 rows = gain[start:stop] * rows if gain.shape[1] == 1 else gain * rows
-            blocks.append(rows)
             mx.eval(rows)
-        return mx.concatenate(blocks).reshape(weight_shape(self.base))
+            yield rows
 
     def fuse(self, dequantize: bool = False) -> nn.Module:
         """The plain layer that computes the same: mirror of ``from_base``.

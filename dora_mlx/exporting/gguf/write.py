@@ -22,7 +22,7 @@ from dora_mlx.exporting.gguf.architectures import (
     rope_frequency_factors,
 )
 from dora_mlx.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
-from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.exporting.merge import Weights
 from dora_mlx.exporting.precision import encode
 from dora_mlx.exporting.staging import Progress, byte_counter, staged_file
 from dora_mlx.model_config import read_json
@@ -50,7 +50,7 @@ def check_gguf_base(base_dir: Path) -> None:
 
 
 def write_gguf(
-    weights: MergedWeights,
+    weights: Weights,
     base_dir: Path,
     output_file: Path,
     dtype: str = "f16",

@@ -1,0 +1,110 @@
+"""What can be exported, as data: the command's flags and the app's controls are made from it.
+
+A format is one entry here and one module with a ``WRITER`` (``exporting/writer.py``); nothing else
+knows the list. Importing this file imports nothing heavy.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from dora_mlx.errors import UserError
+
+if TYPE_CHECKING:
+    from dora_mlx.exporting.writer import Writer
+
+
+@dataclass(frozen=True)
+class Quant:
+    """One value of ``--quant``. ``advanced`` ones are for people who know why they want them."""
+
+    name: str
+    help: str
+    advanced: bool = False
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """One value of ``--format``.
+
+    Attributes:
+        name: As in ``--format``.
+        summary: What it writes, for whom.
+        program: The program that it is for, and that reads it back where it is installed.
+        quants: What ``--quant`` takes, the default first.
+        keeps: The quant that keeps a training whatever its size, advised when another does not.
+        suffix: Ending of the file it writes; empty for a folder.
+        module: Where its ``WRITER`` is.
+    """
+
+    name: str
+    summary: str
+    program: str
+    quants: tuple[Quant, ...]
+    keeps: str
+    suffix: str
+    module: str
+
+    @property
+    def writer(self) -> "Writer":
+        """The code of the format; imports MLX."""
+        writer: Writer = import_module(self.module).WRITER
+        return writer
+
+    def quant(self, name: str | None) -> Quant:
+        """The quant called ``name``, or the default for ``None``.
+
+        Raises:
+            UserError: If the format has no such quant.
+        """
+        if name is None:
+            return self.quants[0]
+        for quant in self.quants:
+            if quant.name == name:
+                return quant
+        raise UserError(
+            f"--quant {name} is not available for {self.name}; "
+            f"choose {' or '.join(quant.name for quant in self.quants)}."
+        )
+
+
+# What keeps any training, because nothing is merged and nothing rounded.
+ADAPTER_FORMAT = "mlx-adapter"
+
+_BF16 = Quant("bf16", "16 bits with the range of float32, as models are published today.")
+_F16 = Quant("f16", "16 bits, more exact than bf16, for values up to 65504.")
+_F32 = Quant("f32", "32 bits: exact, twice the size; for comparing.", advanced=True)
+
+EXPORT_FORMATS = (
+    ExportFormat(
+        "safetensors",
+        "a folder in Hugging Face layout, for Transformers, vLLM, mlx-lm and others",
+        "Transformers",
+        (_BF16, _F16),
+        keeps="bf16",
+        suffix="",
+        module="dora_mlx.exporting.safetensors",
+    ),
+    ExportFormat(
+        "gguf",
+        "one file for llama.cpp, Ollama, LM Studio and others",
+        "llama.cpp",
+        (_F16, _BF16, _F32),
+        keeps="bf16",
+        suffix=".gguf",
+        module="dora_mlx.exporting.gguf_file",
+    ),
+)
+
+
+def find_format(name: str) -> ExportFormat:
+    """The format called ``name``.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for export_format in EXPORT_FORMATS:
+        if export_format.name == name:
+            return export_format
+    names = ", ".join(export_format.name for export_format in EXPORT_FORMATS)
+    raise UserError(f"There is no export format {name!r}; choose one of {names}.")

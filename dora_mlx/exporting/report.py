@@ -1,0 +1,141 @@
+"""What an export came to: figures that were measured, and sentences that follow from them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REPORT_FILE = "export_report.json"
+
+
+@dataclass(frozen=True)
+class LogitReport:
+    """How two models' logits differ, over every position of the same tokens.
+
+    ``relative_rms`` is the root mean square of the difference over the standard deviation of the
+    reference, ``top1_agreement`` the share of positions with the same most likely token, and
+    ``kl`` the mean divergence of the other distribution from the reference, in nats.
+    """
+
+    max_abs_logit_difference: float
+    relative_rms: float
+    top1_agreement: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """One model on the validation prompts.
+
+    ``loss`` is the mean cross-entropy of the answers' tokens in nats, ``None`` without
+    validation data; ``difference`` is that of its logits to the trained model's, ``None`` for
+    the trained model itself.
+    """
+
+    loss: float | None
+    difference: LogitReport | None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, what read it back, and what is left of the training in it.
+
+    Attributes:
+        run: Name of the run.
+        base_model: The base model as the run names it.
+        format: As in ``--format``.
+        quant: As in ``--quant``.
+        output: Path of the file or folder.
+        size_bytes: Its size.
+        program: What read it back.
+        tensors: How many tensors were compared with the weights they were written from.
+        prompts: How many prompts the models were compared on.
+        positions: How many tokens of theirs were predicted.
+        prompts_from: Where the prompts come from, in words.
+        base: The base model's figures.
+        trained: The trained model's.
+        exported: The export's.
+        kept_gain: Share of the drop in validation loss from base to trained that the export has
+            too; ``None`` where training did not lower that loss.
+        kept_change: Share of the change of the logits from base to trained that the export has
+            too: the projection of its own change on that one; 1 is all of it.
+        keeps_training: Whether a good part of the training survived.
+        advice: Flags of an export that keeps it, when this one does not.
+        verdict: All of this in sentences.
+        versions: Of the programs that took part.
+    """
+
+    run: str
+    base_model: str
+    format: str
+    quant: str
+    output: str
+    size_bytes: int
+    program: str
+    tensors: int
+    prompts: int
+    positions: int
+    prompts_from: str
+    base: ModelFigures
+    trained: ModelFigures
+    exported: ModelFigures
+    kept_gain: float | None
+    kept_change: float | None
+    keeps_training: bool
+    advice: str | None
+    verdict: tuple[str, ...]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON says it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ExportReport":
+        """What ``to_dict`` gave."""
+        figures = {
+            name: ModelFigures(
+                values[name]["loss"],
+                LogitReport(**values[name]["difference"]) if values[name]["difference"] else None,
+            )
+            for name in ("base", "trained", "exported")
+        }
+        return cls(**{**values, **figures, "verdict": tuple(values["verdict"])})
+
+    def table(self) -> list[str]:
+        """The figures as lines of text, one model a line."""
+        return list(_table(self))
+
+
+def report_path(output: Path) -> Path:
+    """Where the report of an export lies: in its folder, or beside its file."""
+    return (
+        output / REPORT_FILE
+        if output.is_dir()
+        else output.with_name(f"{output.stem}.{REPORT_FILE}")
+    )
+
+
+def read_export_report(output: Path) -> ExportReport | None:
+    """The report of the export ``output``, or ``None`` if it has none."""
+    path = report_path(output)
+    if not path.is_file():
+        return None
+    return ExportReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _table(report: ExportReport) -> Iterator[str]:
+    yield f"{'':<14}{'loss':>8}{'same first choice':>19}{'KL (nats)':>11}{'largest logit gap':>19}"
+    for name in ("base", "trained", "exported"):
+        figures: ModelFigures = getattr(report, name)
+        loss = "-" if figures.loss is None else f"{figures.loss:.4f}"
+        line = f"{name + ' model':<14}{loss:>8}"
+        other = figures.difference
+        if other is None:
+            yield f"{line}{'(what the others are compared with)':>43}"
+        else:
+            yield (
+                f"{line}{other.top1_agreement:>19.1%}{other.kl:>11.2g}"
+                f"{other.max_abs_logit_difference:>19.2g}"
+            )
