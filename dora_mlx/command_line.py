@@ -98,6 +98,27 @@ def add_option_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] = ()
         group.add_argument(flag_of(option.name), **keywords)
 
 
+def train_command(
+    config: TrainConfig, run: str | None = None, runs_dir: Path = Path(DEFAULT_RUNS_DIR)
+) -> list[str]:
+    """The words after ``python -m dora_mlx.train`` that start this training."""
+    words = ["--run", run] if run is not None else []
+    if runs_dir != Path(DEFAULT_RUNS_DIR):
+        words += ["--runs-dir", str(runs_dir)]
+    for option in dataclasses.fields(TrainConfig):
+        value = getattr(config, option.name)
+        if value == option.default:
+            continue
+        flag = flag_of(option.name)
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, tuple):
+            words += [flag, *value]
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of the option flags that were given."""
     names = {option.name for option in dataclasses.fields(TrainConfig)}

@@ -102,6 +102,10 @@ class RunFolder:
             file.flush()
             yield
 
+    def holder(self) -> int | None:
+        """Id of the process that trains this run now, if there is one."""
+        return lock_holder(self.path / "lock")
+
     @contextmanager
     def creating(self, overwrite: bool) -> Iterator[None]:
         """Make the folder; if the block fails, all is as it was before.
@@ -139,6 +143,39 @@ class RunFolder:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a run can be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+def lock_holder(lock: Path) -> int | None:
+    """Id of the process that holds a lock file, which has to have written it there."""
+    try:
+        with open(lock, encoding="utf-8") as file:
+            holder = int(file.read().strip() or 0)
+            # The lock is only tried when its writer is there: whoever tries one keeps a process
+            # that starts in the same moment from it.
+            if not holder or not _is_alive(holder):
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return holder
+    except (OSError, ValueError):
+        return None
+    # The number belongs to another process by now.
+    return None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def new_run(name: str | None, runs_dir: Path, fallback: str) -> RunFolder:
     """The folder for a new run; without a name, ``fallback`` with the first free number.
 
@@ -146,7 +183,7 @@ def new_run(name: str | None, runs_dir: Path, fallback: str) -> RunFolder:
         UserError: If ``name`` cannot be a folder's name.
     """
     if name is not None:
-        if not _NAME.fullmatch(name):
+        if not is_run_name(name):
             raise UserError(
                 f"--run {name!r} cannot be used: a run's name has up to 100 letters, digits, dots, "
                 "dashes and underscores. Choose the folder it lies in by --runs-dir."
@@ -166,7 +203,7 @@ def find_run(name: str, runs_dir: Path) -> RunFolder:
         UserError: If there is none; the message names those there are.
     """
     path = runs_dir / name
-    if (path / "config.json").is_file() and _NAME.fullmatch(name):
+    if (path / "config.json").is_file() and is_run_name(name):
         return RunFolder(path)
     runs = sorted((p.parent for p in runs_dir.glob("*/config.json")), key=_age)
     known = ", ".join(run.name for run in runs[:8])

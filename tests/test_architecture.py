@@ -78,6 +78,17 @@ def test_library_never_imports_the_app_or_draws():
             assert not names & ONLY_IN_COMMANDS, path
 
 
+def test_app_uses_the_public_api_only():
+    import dora_mlx
+
+    for path in sorted((PACKAGE.parent / "app").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not [name for name in imports(tree) if name.startswith("dora_mlx.")], path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "dora_mlx":
+                assert {alias.name for alias in node.names} <= set(dora_mlx.__all__), path
+
+
 @pytest.mark.parametrize("option", [field.name for field in dataclasses.fields(TrainConfig)])
 def test_every_option_is_read_and_explained(option):
     # An option that is accepted and ignored is the commonest bug of training programs.

@@ -22,7 +22,7 @@ class EventLog:
     """Appends events to a run's ``events.jsonl`` and passes each on to a listener.
 
     A line is on its way to the disk when ``write`` returns; the last line may be half-written
-    after a crash, and readers skip it.
+    after a crash, and readers leave it out.
     """
 
     def __init__(self, folder: Path, listener: Listener | None = None):
@@ -55,29 +55,61 @@ class EventLog:
             self._listener(line)
 
 
-def read_events(folder: Path) -> list[Event]:
-    """The events of the run in ``folder`` as its training went, without what a resume undid.
+class EventReader:
+    """Reads the events of a run that may still be going on, only the new ones at each look.
 
-    A half-written line is skipped. A resumed run goes on from its checkpoint: what was recorded
-    behind that step before the interruption happens again and is left out here.
+    Attributes:
+        events: The events as the training went, without what a resume undid: a resumed run goes
+            on from its checkpoint, and what was recorded behind that step happens again.
     """
-    path = folder / EVENTS_FILE
-    events: list[Event] = []
-    if not path.exists():
-        return events
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(event, dict) or "event" not in event:
-                continue
-            if event["event"] == "start" and event.get("resumed_from") is not None:
-                resumed = event["resumed_from"]
-                events = [e for e in events if e.get("step", 0) <= resumed and e["event"] != "end"]
-            events.append(event)
-    return events
+
+    def __init__(self, folder: Path):
+        self.events: list[Event] = []
+        self._path = folder / EVENTS_FILE
+        self._file: tuple[int, int] | None = None
+        self._read = 0
+
+    def update(self) -> bool:
+        """Read on; returns whether there was anything new. Half-written lines are left."""
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            changed, self.events, self._file, self._read = bool(self.events), [], None, 0
+            return changed
+        if (status.st_dev, status.st_ino) != self._file or status.st_size < self._read:
+            # Another run was put in the place of this one.
+            self.events, self._read = [], 0
+            self._file = (status.st_dev, status.st_ino)
+        if status.st_size == self._read:
+            return False
+        with open(self._path, "rb") as file:
+            file.seek(self._read)
+            *lines, _open = file.read().split(b"\n")
+        self._read += sum(len(line) + 1 for line in lines)
+        for line in lines:
+            self._add(line)
+        return bool(lines)
+
+    def _add(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(event, dict) or "event" not in event:
+            return
+        if event["event"] == "start" and event.get("resumed_from") is not None:
+            last = event["resumed_from"]
+            self.events = [
+                e for e in self.events if e.get("step", 0) <= last and e["event"] != "end"
+            ]
+        self.events.append(event)
+
+
+def read_events(folder: Path) -> list[Event]:
+    """The events of the run in ``folder`` so far, as ``EventReader`` gives them."""
+    reader = EventReader(folder)
+    reader.update()
+    return reader.events
 
 
 def _end_last_line(path: Path) -> None:

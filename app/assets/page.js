@@ -1,0 +1,82 @@
+// The little that the page does by itself. Listeners sit on the document, because Gradio makes
+// and drops the elements of a tab as it likes.
+(() => {
+  const THEME = "dora-theme";
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+
+  function applyTheme() {
+    const chosen = localStorage.getItem(THEME);
+    const wanted = chosen ? chosen === "dark" : dark.matches;
+    document.body.classList.toggle("dark", wanted);
+    document.documentElement.style.colorScheme = wanted ? "dark" : "light";
+  }
+
+  function toggleTheme() {
+    localStorage.setItem(THEME, document.body.classList.contains("dark") ? "light" : "dark");
+    applyTheme();
+  }
+
+  async function copy(button) {
+    const text = button.parentElement.querySelector("pre").innerText;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      // Without a secure origin there is no clipboard; a selection can still be copied by hand.
+      getSelection().selectAllChildren(button.parentElement.querySelector("pre"));
+      return;
+    }
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy"), 1500);
+  }
+
+  // The tab is in the address, so a reload comes back to it.
+  const tabs = () => [...document.querySelectorAll('#tabs [role="tab"]')];
+  const slug = (tab) => tab.textContent.trim().toLowerCase().replaceAll(" ", "-");
+
+  function openTabOfAddress() {
+    const wanted = location.hash.slice(1);
+    const tab = tabs().find((t) => slug(t) === wanted);
+    if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+    return Boolean(tab) || (!wanted && tabs().length > 0);
+  }
+
+  function whenReady(check) {
+    if (check()) return;
+    const observer = new MutationObserver(() => check() && observer.disconnect());
+    observer.observe(document.documentElement, { childList: true, subtree: true });
+  }
+
+  // Arrow keys move between tabs, as the pattern for them asks.
+  function moveBetweenTabs(event) {
+    const all = tabs().filter((t) => t.offsetParent);
+    const at = all.indexOf(event.target);
+    const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
+    if (at < 0 || to === undefined) return;
+    event.preventDefault();
+    const next = all[(to + all.length) % all.length];
+    next.click();
+    next.focus();
+  }
+
+  document.addEventListener("click", (event) => {
+    if (event.target.closest("button.theme")) return toggleTheme();
+    const button = event.target.closest("button.copy");
+    if (button) return void copy(button);
+    const tab = event.target.closest('#tabs [role="tab"]');
+    if (tab) history.replaceState(null, "", `#${slug(tab)}`);
+    const link = event.target.closest("[data-tab]");
+    if (link) tabs().find((t) => slug(t) === link.dataset.tab)?.click();
+  });
+  document.addEventListener("keydown", moveBetweenTabs);
+  dark.addEventListener("change", applyTheme);
+  document.addEventListener("DOMContentLoaded", () => {
+    applyTheme();
+    whenReady(openTabOfAddress);
+    // Gradio sets its own class for the theme when it mounts.
+    new MutationObserver(() => {
+      const chosen = localStorage.getItem(THEME);
+      const wanted = chosen ? chosen === "dark" : dark.matches;
+      if (document.body.classList.contains("dark") !== wanted) applyTheme();
+    }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  });
+})();

@@ -1,0 +1,91 @@
+"""How a handler is tied to its event: the one way, for every tab.
+
+``connect`` gives every event the same manners. A ``UserError`` becomes a note where it belongs
+and leaves everything else on the page as it was, and no text with half a surrogate pair leaves
+the server. Any other exception is a bug: Gradio prints it in the terminal and says on the page
+only that there was an error.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+
+from app.views import html
+from dora_mlx import UserError
+
+
+def connect(
+    triggers: Any,
+    handler: Callable[..., Any],
+    inputs: Sequence[Any] = (),
+    outputs: Sequence[Any] = (),
+    *,
+    notice: gr.HTML | None = None,
+    **options: Any,
+) -> Any:
+    """Call ``handler`` on events of Gradio components.
+
+    Args:
+        triggers: An event such as ``button.click``, or a list of them.
+        handler: A function or generator; gives one value for each of ``outputs`` (a bare value
+            for one, a tuple for several, nothing for none).
+        inputs: Components whose values it takes.
+        outputs: Components that it sets.
+        notice: Where a ``UserError`` of it is shown; emptied when it succeeds. Without one the
+            error pops up.
+        options: Passed on to ``gr.on``.
+    """
+    outputs = list(outputs)
+    count = len(outputs)
+
+    def settle(produced: Any) -> Any:
+        values = () if count == 0 else (produced,) if count == 1 else tuple(produced)
+        values = tuple(_cleaned(value) for value in values)
+        values = (*values, "") if notice is not None else values
+        return values[0] if len(values) == 1 else values or None
+
+    def fail(error: UserError) -> Any:
+        if notice is None:
+            raise gr.Error(html.escape(error), duration=8, print_exception=False) from None
+        values = (*([gr.skip()] * count), html.problem(str(error)))
+        return values[0] if len(values) == 1 else values
+
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def wrapped(*arguments: Any) -> Iterator[Any]:
+            try:
+                for produced in handler(*arguments):
+                    yield settle(produced)
+            except UserError as error:
+                yield fail(error)
+    else:
+
+        @functools.wraps(handler)
+        def wrapped(*arguments: Any) -> Any:
+            try:
+                return settle(handler(*arguments))
+            except UserError as error:
+                return fail(error)
+
+    return gr.on(
+        triggers if isinstance(triggers, list) else [triggers],
+        wrapped,
+        list(inputs),
+        outputs if notice is None else [*outputs, notice],
+        api_visibility="private",
+        **{"show_progress": "hidden", **options},
+    )
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return html.clean(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_cleaned(item) for item in value)
+    if type(value) is dict:
+        return {key: _cleaned(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,53 @@
+"""What the tabs share: folders and processes of the server, and state of one page."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gradio as gr
+
+from app.trainings import Trainings
+from app.workers import Worker
+
+
+@dataclass(frozen=True)
+class Context:
+    """One for each server.
+
+    Attributes:
+        runs_dir: The runs; the app's own things are in its folder ``.app``.
+        exports_dir: What was exported, and what may be downloaded.
+        trainings: Starts trainings and finds the one that is under way.
+        data: Worker for data files and memory plans.
+        chat: Worker that holds the model one talks to.
+        export: Worker that merges and writes models.
+    """
+
+    runs_dir: Path
+    exports_dir: Path
+    trainings: Trainings
+    data: Worker = field(default_factory=lambda: Worker("data"))
+    chat: Worker = field(default_factory=lambda: Worker("chat"))
+    export: Worker = field(default_factory=lambda: Worker("export"))
+
+    @property
+    def uploads_dir(self) -> Path:
+        """Data files that were uploaded; runs refer to them, so they stay."""
+        return self.runs_dir / ".app" / "data"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Components that belong to no single tab.
+
+    Attributes:
+        blocks: The page; ``connect(page.blocks.load, ...)`` runs when a browser opens it.
+        tick: Fires every second; connect it with ``queue=False``.
+        data: Options of ``TrainConfig`` that the Data tab decides, as a dictionary: ``data``,
+            ``columns`` and so on. Empty until there is data.
+        run: Name of the run that the page looks at, or ``None``.
+    """
+
+    blocks: gr.Blocks
+    tick: gr.Timer
+    data: gr.State
+    run: gr.State

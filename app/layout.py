@@ -1,0 +1,47 @@
+"""The frame of the page: header, tabs, and what they share."""
+
+import platform
+
+import gradio as gr
+
+from app.connect import connect
+from app.context import Context, Page
+from app.tabs import changes, chat, data, export, train
+from app.views import header
+
+_TABS = (
+    ("Data", "data", data.build),
+    ("Train", "train", train.build),
+    ("Chat", "chat", chat.build),
+    ("What changed", "changes", changes.build),
+    ("Export", "export", export.build),
+)
+_TICK_SECONDS = 1.0
+
+
+def build_page(context: Context) -> gr.Blocks:
+    """The whole page of a server."""
+    with gr.Blocks(title="dora_mlx", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        page = Page(blocks, gr.Timer(_TICK_SECONDS), gr.State({}), gr.State(None))
+        status = gr.HTML(_bar(context), elem_id="bar")
+        shown = gr.State("")
+        with gr.Tabs(elem_id="tabs", overflow_behavior="scroll"):
+            for label, name, build in _TABS:
+                with gr.Tab(label, id=name, elem_id=f"tab-{name}"):
+                    build(context, page)
+
+        def refresh(before: str) -> tuple[object, str]:
+            now = _bar(context)
+            return (gr.skip() if now == before else now), now
+
+        connect(page.tick.tick, refresh, [shown], [status, shown], queue=False)
+    return blocks
+
+
+def _bar(context: Context) -> str:
+    activity = context.trainings.status()
+    if activity is None or not activity.alive:
+        return header.bar(platform.machine(), ("Idle", "plain"))
+    if not activity.started:
+        return header.bar(platform.machine(), ("Preparing", "info"))
+    return header.bar(platform.machine(), ("Training", "info"))

@@ -1,0 +1,58 @@
+"""The web server: guard, downloads and the page, in this order."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from app.guard import UPLOAD_LIMIT, Guard, Login
+
+
+def build_server(
+    runs_dir: Path, exports_dir: Path, temporary: Path, host: str, login: Login | None
+) -> Any:
+    """The ASGI application.
+
+    Args:
+        runs_dir: Where runs are and go.
+        exports_dir: Where exports go and are served from.
+        temporary: An empty folder of its own for uploads in passing.
+        host: The address it will be bound to.
+        login: The login to ask for, if any.
+    """
+    _tame_gradio(temporary)
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from app.context import Context
+    from app.files import add_downloads
+    from app.layout import build_page
+    from app.theme import head, theme
+    from app.trainings import Trainings
+
+    server = FastAPI(openapi_url=None)
+    add_downloads(server, exports_dir)
+    context = Context(runs_dir, exports_dir, Trainings(runs_dir))
+    page = build_page(context)
+    gr.mount_gradio_app(
+        server,
+        page,
+        path="/",
+        theme=theme(),
+        head=head(),
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=UPLOAD_LIMIT,
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+    )
+    return Guard(server, host, login)
+
+
+def _tame_gradio(temporary: Path) -> None:
+    """Set what Gradio reads from the environment when it is imported."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(temporary)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -1,0 +1,1 @@
+"""One module for each tab, with a ``build(context, page)`` that makes and wires its components."""

@@ -1,0 +1,18 @@
+"""The tab What changed."""
+
+import gradio as gr
+
+from app.context import Context, Page
+from app.views import html
+
+
+def build(context: Context, page: Page) -> None:
+    """Make the tab's components and wire them."""
+    with gr.Column(elem_classes="card"):
+        gr.HTML(html.heading("What changed"))
+        gr.HTML(
+            html.empty(
+                "No trained run yet",
+                "Train a run first, then see which layers it changed.",
+            )
+        )

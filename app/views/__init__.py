@@ -1,0 +1,1 @@
+"""State in, HTML out: pure functions that know nothing of Gradio and escape every text."""
