@@ -15,12 +15,15 @@ __version__ = "0.1.0"
 blas_notice: str | None = load_openblas()
 
 _EXPORTS = {
+    "DataLook": "dora_mlx.data.overview",
+    "DataOverview": "dora_mlx.data.overview",
     "EXPORT_FORMATS": "dora_mlx.exporting.formats",
     "EventReader": "dora_mlx.training.events",
     "ExportReport": "dora_mlx.exporting.report",
     "MemoryPlan": "dora_mlx.training.memory_plan",
     "RunFolder": "dora_mlx.run_folder",
     "RunSummary": "dora_mlx.training.history",
+    "TokenSpan": "dora_mlx.data.overview",
     "TrainConfig": "dora_mlx.config",
     "UserError": "dora_mlx.errors",
     "adapters_disabled": "dora_mlx.adapters.attach",

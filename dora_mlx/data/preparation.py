@@ -17,6 +17,9 @@ from dora_mlx.data.report import Report
 from dora_mlx.data.rows import HUB
 from dora_mlx.data.tokenized import SourceWriter, TokenizedSource
 from dora_mlx.data.tokenizing import ExampleMaker
+from dora_mlx.registry import samples_dir
+
+SAMPLE = "pirate.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ def prepare(config: TrainConfig, data: Source, tokenizer: Any) -> PreparedData:
 def source_of(data: str) -> Source:
     """What a ``--data`` value names: a path, or a data set of the Hub as it is."""
     return data if data.startswith(HUB) else Path(data)
+
+
+def training_source(config: TrainConfig) -> Source:
+    """What a run reads its data from: what it names, or the sample."""
+    return samples_dir() / SAMPLE if config.data is None else source_of(config.data)
 
 
 def tokenize(

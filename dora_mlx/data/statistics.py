@@ -43,15 +43,25 @@ def length_statistics(examples: ExampleSet) -> LengthStatistics:
     )
 
 
-def histogram(lengths: npt.NDArray[np.integer]) -> list[str]:
-    """One line for each of ten ranges of length: the range, a bar, and how many there are."""
+def length_bars(lengths: npt.NDArray[np.integer]) -> list[tuple[int, int, int]]:
+    """At most ten ranges of length: the shortest, the longest, and how many examples there are."""
     if not len(lengths):
         return []
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BARS + 1).astype(int))
     counts, _ = np.histogram(lengths, edges)
-    wide = len(f"{edges[-1]:,}")
     return [
-        f"{low:>{wide},} to {high - 1:<{wide},} "
-        f"{'#' * -(-_BAR_WIDTH * int(number) // int(counts.max())):<{_BAR_WIDTH}} {number:,}"
+        (int(low), int(high) - 1, int(number))
         for low, high, number in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def histogram(lengths: npt.NDArray[np.integer]) -> list[str]:
+    """One line for each of the ranges: the range, a bar, and how many there are."""
+    bars = length_bars(lengths)
+    most = max((number for _, _, number in bars), default=0)
+    wide = len(f"{bars[-1][1] + 1:,}") if bars else 0
+    return [
+        f"{low:>{wide},} to {high:<{wide},} "
+        f"{'#' * -(-_BAR_WIDTH * number // most):<{_BAR_WIDTH}} {number:,}"
+        for low, high, number in bars
     ]

@@ -16,18 +16,17 @@ from dora_mlx.adapters.attach import AdapterSpec, attach
 from dora_mlx.config import TrainConfig
 from dora_mlx.data.batches import Batch, BatchStream, validation_batches
 from dora_mlx.data.examples import ExampleSet
-from dora_mlx.data.preparation import PreparedData, prepare, source_of
+from dora_mlx.data.preparation import PreparedData, prepare, training_source
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import parameter_count
 from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
-from dora_mlx.registry import resolve, samples_dir
+from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.checkpoints import check_space, load_newest_checkpoint
 from dora_mlx.training.events import EventLog, Listener
 from dora_mlx.training.loop import Trainer
 from dora_mlx.training.packed_attention import why_not_packed
 
-SAMPLE = "pirate.jsonl"
 # Models below this size need, and stand, a higher learning rate.
 _SMALL_MODEL = 100_000_000
 _PAUSE_POLL_S = 0.2
@@ -119,9 +118,8 @@ def _told_to_stop(folder: RunFolder, should_stop: Callable[[], bool]) -> bool:
 def _prepare(config: TrainConfig) -> _Prepared:
     """Read the data, load the model, attach the adapter and settle what was left open."""
     path = resolve(config.model)
-    source = source_of(config.data) if config.data is not None else samples_dir() / SAMPLE
     # Bad data is reported before the weights are read.
-    data = prepare(config, source, load_tokenizer(path))
+    data = prepare(config, training_source(config), load_tokenizer(path))
     train = data.train
     if not len(train.examples):
         raise UserError(
