@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 blas_notice: str | None = load_openblas()
 
 _EXPORTS = {
+    "ChatModel": "dora_mlx.chat_model",
     "DataLook": "dora_mlx.data.overview",
     "DataOverview": "dora_mlx.data.overview",
     "EXPORT_FORMATS": "dora_mlx.exporting.formats",
@@ -23,6 +24,7 @@ _EXPORTS = {
     "MemoryPlan": "dora_mlx.training.memory_plan",
     "RunFolder": "dora_mlx.run_folder",
     "RunSummary": "dora_mlx.training.history",
+    "Sampling": "dora_mlx.sampling",
     "TokenSpan": "dora_mlx.data.overview",
     "TrainConfig": "dora_mlx.config",
     "UserError": "dora_mlx.errors",
@@ -43,7 +45,6 @@ _EXPORTS = {
     "read_events": "dora_mlx.training.events",
     "read_export_report": "dora_mlx.exporting.report",
     "rename_run": "dora_mlx.training.history",
-    "stream_answer": "dora_mlx.chat",
     "summarize_run": "dora_mlx.training.history",
     "train_command": "dora_mlx.command_line",
 }

@@ -70,15 +70,20 @@ def add_runs_dir_flag(group: "argparse._ActionsContainer") -> None:
     )
 
 
-def add_option_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] = ()) -> None:
-    """One flag per option of ``TrainConfig``; a flag not given leaves no attribute behind.
+def add_option_flags(
+    parser: argparse.ArgumentParser,
+    only: tuple[str, ...] = (),
+    options: Any = TrainConfig,
+    title: str = "training",
+) -> None:
+    """One flag per option of a dataclass; a flag not given leaves no attribute behind.
 
     With ``only``, for commands that need a few of them, just those.
     """
-    types = get_type_hints(TrainConfig)
-    basic = parser.add_argument_group("training")
-    advanced = parser.add_argument_group("training, in detail")
-    for option in dataclasses.fields(TrainConfig):
+    types = get_type_hints(options)
+    basic = parser.add_argument_group(title)
+    advanced = parser.add_argument_group(f"{title}, in detail")
+    for option in dataclasses.fields(options):
         if only and option.name not in only:
             continue
         group = advanced if option.metadata["advanced"] else basic
@@ -119,10 +124,11 @@ def train_command(
     return words
 
 
-def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The values of the option flags that were given."""
-    names = {option.name for option in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in vars(arguments).items() if name in names}
+def given_options(arguments: argparse.Namespace, options: Any = TrainConfig) -> dict[str, Any]:
+    """The values of the option flags that were given; lists become tuples."""
+    names = {option.name for option in dataclasses.fields(options)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def run_command(body: Callable[[], int]) -> int:

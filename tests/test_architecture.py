@@ -14,12 +14,12 @@ PACKAGE = Path(__file__).parent.parent / "dora_mlx"
 
 # A module may import from its own layer and from those above it, never from one below.
 LAYERS = [
-    ("errors", "blas", "atomic", "config", "model_config"),
+    ("errors", "blas", "atomic", "config", "model_config", "sampling"),
     ("registry", "run_folder", "command_line"),
     ("kernels",),
     ("layers", "loading"),
     ("adapters", "data"),
-    ("training", "exporting"),
+    ("training", "exporting", "chat_model"),
     ("analysis",),
     ("train", "check", "chat", "export", "models"),
     ("__main__",),

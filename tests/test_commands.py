@@ -167,7 +167,10 @@ def test_adapter_of_another_shape_lists_what_does_not_fit(trained, capsys):
     config["lora_parameters"]["rank"] = 4
     (trained.path / "adapter_config.json").write_text(json.dumps(config))
     assert chat.main(["--run", "r", "--prompt", "Hi"]) == 2
-    assert "28 problems" in one_sentence_error(capsys)
+    errors = capsys.readouterr().err
+    assert "its scale is 2, which its alpha makes 4" in errors
+    assert "model.layers.4-5.mlp.down_proj.lora_b is 8x256 and has to be 4x256" in errors
+    assert len(errors.splitlines()) == 1 + 1 + 14
 
 
 def test_changed_base_model_is_refused(trained, capsys):

@@ -8,8 +8,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
 
 import dora_mlx.layers.dora as formula
-from dora_mlx.adapters.adapter_folder import load_adapter, save_adapter
+from dora_mlx.adapters.adapter_folder import save_adapter
 from dora_mlx.adapters.attach import adapted_layers, adapters_disabled, attach
+from dora_mlx.adapters.reading import load_adapter
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import use_blocked_products
 from dora_mlx.layers import (

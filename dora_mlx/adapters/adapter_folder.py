@@ -5,19 +5,23 @@ here and nowhere else.
 """
 
 import json
+import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from dora_mlx.adapters.attach import AdapterSpec, attach
+from dora_mlx.adapters.attach import AdapterSpec, Method, linear_keys
+from dora_mlx.adapters.stored import StoredAdapter, read_arrays, read_settings
 from dora_mlx.atomic import replacing, save_arrays, write_text
 from dora_mlx.errors import UserError
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
+# What ``lora_parameters`` may hold; the first four are mlx-lm's.
+_LOW_RANK_OPTIONS = {"rank", "scale", "dropout", "keys", "alpha", "rslora", "rank_overrides"}
 
 
 def trainable_arrays(model: nn.Module) -> dict[str, mx.array]:
@@ -26,26 +30,6 @@ def trainable_arrays(model: nn.Module) -> dict[str, mx.array]:
         dict[str, mx.array], tree_flatten(model.trainable_parameters(), destination={})
     )
     return {_name_on_disk(name): array for name, array in parameters.items()}
-
-
-def load_trainable_arrays(model: nn.Module, arrays: dict[str, mx.array], source: Path) -> None:
-    """Put arrays under their names on disk into the trainable parameters of ``model``.
-
-    Raises:
-        UserError: Listing every missing, unexpected or misshapen array; the model is untouched.
-    """
-    wanted = trainable_arrays(model)
-    problems = [f"{name} is missing" for name in wanted if name not in arrays]
-    for name, array in arrays.items():
-        if name not in wanted:
-            problems.append(f"{name} has no place in the model")
-        elif array.shape != wanted[name].shape:
-            problems.append(f"{name} is {array.shape}, the model needs {wanted[name].shape}")
-    if problems:
-        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"{source} does not fit the model ({len(problems)} problems): {shown}.")
-    renamed = [(_name_in_model(name), array) for name, array in arrays.items()]
-    model.load_weights(renamed, strict=False)
 
 
 def save_adapter(folder: Path, model: nn.Module, spec: AdapterSpec) -> None:
@@ -70,31 +54,23 @@ def save_adapter(folder: Path, model: nn.Module, spec: AdapterSpec) -> None:
     write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
-def load_adapter(folder: Path, model: nn.Module) -> AdapterSpec:
-    """Attach the adapter kept in ``folder`` to ``model``.
+def read_mlx_adapter(folder: Path, model: nn.Module, problems: list[str]) -> StoredAdapter:
+    """The adapter in ``folder``, of dora_mlx or of mlx-lm; what is wrong goes to ``problems``.
 
     Raises:
-        UserError: If a file is missing or damaged, or the adapter is of another model.
+        UserError: If a file is missing or damaged.
     """
-    spec = _read_spec(folder / CONFIG_FILE)
-    weights_file = folder / WEIGHTS_FILE
+    settings = read_settings(folder / CONFIG_FILE)
     try:
-        arrays = cast(dict[str, mx.array], mx.load(str(weights_file)))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"Cannot read the adapter {weights_file}: {error}.") from error
-    attach(
-        model,
-        spec.method,
-        spec.rank,
-        spec.alpha,
-        spec.dropout,
-        spec.keys,
-        spec.num_layers,
-        spec.rslora,
-        spec.rank_overrides,
-    )
-    load_trainable_arrays(model, arrays, weights_file)
-    return spec
+        spec = _spec_of(settings, model, problems)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / CONFIG_FILE} is not an adapter's configuration: {error!r}."
+        ) from error
+    arrays = read_arrays(folder / WEIGHTS_FILE)
+    if spec.method != "full":
+        arrays = {_name_in_model(name): array for name, array in arrays.items()}
+    return StoredAdapter(spec, arrays)
 
 
 def _name_on_disk(name: str) -> str:
@@ -105,21 +81,33 @@ def _name_in_model(name: str) -> str:
     return name.removesuffix("m") + "magnitude" if name.endswith(".m") else name
 
 
-def _read_spec(path: Path) -> AdapterSpec:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        low_rank = config["lora_parameters"]
-        return AdapterSpec(
-            config["fine_tune_type"],
-            low_rank["rank"],
-            low_rank["alpha"],
-            low_rank["dropout"],
-            tuple(low_rank["keys"]),
-            config["num_layers"],
-            low_rank["rslora"],
-            tuple(low_rank["rank_overrides"]),
+def _spec_of(settings: dict[str, Any], model: nn.Module, problems: list[str]) -> AdapterSpec:
+    """What ``adapter_config.json`` says; mlx-lm's has no alpha, and other options beside."""
+    method = settings.get("fine_tune_type", "lora")
+    if method not in get_args(Method):
+        problems.append(
+            f"its fine_tune_type {method!r} is not one of {', '.join(get_args(Method))}"
         )
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not an adapter configuration of dora_mlx: {error}.") from error
+    num_layers = int(settings["num_layers"])
+    if method == "full":
+        return AdapterSpec("full", 1, 1.0, 0.0, (), len(model.layers))
+    low_rank = settings["lora_parameters"]
+    unknown = sorted(low_rank.keys() - _LOW_RANK_OPTIONS)
+    problems += [f"its option {name!r} is not known" for name in unknown]
+    rank, scale = int(low_rank["rank"]), float(low_rank["scale"])
+    if "alpha" not in low_rank and not 0 < num_layers <= len(model.layers):
+        # To mlx-lm this means all blocks.
+        num_layers = len(model.layers)
+    spec = AdapterSpec(
+        method,
+        rank,
+        float(low_rank.get("alpha", scale * rank)),
+        float(low_rank.get("dropout", 0.0)),
+        tuple(low_rank.get("keys") or linear_keys(model, num_layers)),
+        num_layers,
+        bool(low_rank.get("rslora", False)),
+        tuple(low_rank.get("rank_overrides", ())),
+    )
+    if not math.isclose(spec.scale, scale, rel_tol=1e-6):
+        problems.append(f"its scale is {scale:g}, which its alpha makes {spec.scale:g}")
+    return spec

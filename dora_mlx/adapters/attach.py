@@ -49,8 +49,8 @@ class AdapterSpec:
     """What was put into a model, and all that is needed to do it again.
 
     ``keys`` are the paths of the adapted layers inside a block, such as ``self_attn.q_proj``, and
-    the full paths of those outside of the blocks, such as ``model.embed_tokens``; ``num_layers``
-    counts the adapted blocks from the last. The rest is as given to ``attach``.
+    full paths of single layers, such as ``model.embed_tokens``; ``num_layers`` counts the blocks,
+    from the last, that the former mean. The rest is as given to ``attach``.
     """
 
     method: Method
@@ -107,25 +107,103 @@ def attach(
         )
     model.freeze()
     if method == "full":
-        _dequantize(model)
+        model.update_modules(tree_unflatten(list(dense_twins(model).items())))
+        mx.eval(model.parameters())
         model.unfreeze()
         return AdapterSpec(method, rank, alpha, dropout, (), num_layers)
-    blocks = blocks[-num_layers:]
-    inside, outside = _matching_keys(model, blocks, target_modules)
-    keys = inside | outside
-    ranks = dict.fromkeys(keys, rank) | _own_ranks(rank_overrides, keys)
-    for owner, own_keys in [*((block, inside) for block in blocks), (model, outside)]:
-        wrapped = []
-        for path, module in owner.named_modules():
-            if path in own_keys and (layers := _layers_for(module)):
-                # The layers divide by the rank; rsLoRA divides by its square root.
-                strength = alpha * math.sqrt(ranks[path]) if rslora else alpha
-                layer = layers[method].from_base(module, ranks[path], strength, dropout)
-                wrapped.append((path, layer))
-        owner.update_modules(tree_unflatten(wrapped))
-    return AdapterSpec(
+    keys = _matching_keys(model, blocks[-num_layers:], target_modules)
+    spec = AdapterSpec(
         method, rank, alpha, dropout, tuple(sorted(keys)), num_layers, rslora, rank_overrides
     )
+    model.update_modules(tree_unflatten(list(adapter_layers(model, spec).items())))
+    return spec
+
+
+def adapter_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, LowRankLayer]:
+    """A new adapter layer around every layer of ``model`` that ``spec`` adapts, by its path.
+
+    The model stays as it is: the layers become part of it by ``model.update_modules``.
+
+    Raises:
+        UserError: If a rank override names nothing that is adapted.
+    """
+    ranks = dict.fromkeys(spec.keys, spec.rank) | _own_ranks(spec.rank_overrides, set(spec.keys))
+    layers = {}
+    for path, key, module in _adapted_places(model, spec):
+        rank = ranks[key]
+        # The layers divide by the rank; rsLoRA divides by its square root.
+        strength = spec.alpha * math.sqrt(rank) if spec.rslora else spec.alpha
+        kinds = _layers_for(module)
+        layers[path] = kinds[spec.method].from_base(module, rank, strength, spec.dropout)
+    return layers
+
+
+def adapted_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """Name in the model and shape of every array of an adapter, without making its layers.
+
+    Raises:
+        UserError: If a rank override names nothing that is adapted.
+    """
+    ranks = dict.fromkeys(spec.keys, spec.rank) | _own_ranks(spec.rank_overrides, set(spec.keys))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, key, module in _adapted_places(model, spec):
+        rank = ranks[key]
+        *experts, out, width = weight_shape(module)
+        magnitude: tuple[int, ...] = (*experts, out)
+        if isinstance(module, _SWITCH):
+            a, b = (*experts, rank, width), (*experts, out, rank)
+        elif isinstance(module, _EMBEDDING):
+            a, b, magnitude = (out, rank), (rank, width), (width,)
+        else:
+            a, b = (width, rank), (rank, out)
+        shapes |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+        if spec.method == "dora":
+            shapes[f"{path}.magnitude"] = magnitude
+    return shapes
+
+
+def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter that ``model`` has once it is dequantized."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        own = {name: array.shape for name, array in module.items() if _is_parameter(name, array)}
+        if is_quantized(module) and _layers_for(module):
+            own = {name: own[name] for name in own if name not in ("scales", "biases")}
+            own["weight"] = weight_shape(module)
+        shapes |= {f"{path}.{name}" if path else name: shape for name, shape in own.items()}
+    return shapes
+
+
+def dense_twins(model: nn.Module) -> dict[str, nn.Module]:
+    """A dense layer for every quantized one by its path, of the same values and dtype, lazily."""
+    twins = {}
+    for path, module in adaptable_layers(model):
+        if is_quantized(module):
+            weight = weight_rows(module, 0, row_shape(module)[0], weight_dtype(module))
+            weight = weight.reshape(weight_shape(module))
+            twins[path] = with_weight(module, weight, dequantize=True)
+    return twins
+
+
+def linear_keys(model: nn.Module, num_layers: int) -> list[str]:
+    """Paths inside a block of all linear layers of the last ``num_layers`` blocks."""
+    return sorted(_matching_keys(model, model.layers[-num_layers:], ()))
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Paths of the transformer blocks of ``model``, such as ``model.layers.0``."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [paths[id(block)] for block in model.layers]
+
+
+def _adapted_places(model: nn.Module, spec: AdapterSpec) -> Iterator[tuple[str, str, nn.Module]]:
+    """Path, key and module of every layer that a spec adapts, block after block."""
+    keys = set(spec.keys)
+    blocks = list(zip(block_paths(model), model.layers, strict=True))[-spec.num_layers :]
+    for prefix, owner in [*((f"{path}.", block) for path, block in blocks), ("", model)]:
+        for path, module in owner.named_modules():
+            if path in keys and _layers_for(module):
+                yield prefix + path, path, module
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLayer]]:
@@ -149,18 +227,18 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
         model.update_modules(tree_unflatten(list(layers)))
 
 
-def _layers_for(module: nn.Module) -> dict[str, type[LowRankLayer]] | None:
-    """The adapter layer of each method for a layer, or ``None`` if it cannot be adapted."""
+def _layers_for(module: nn.Module) -> dict[str, type[LowRankLayer]]:
+    """The adapter layer of each method for a layer; empty if it cannot be adapted."""
     for types, layers in _KINDS:
         if isinstance(module, types):
             return layers
-    return None
+    return {}
 
 
 def _matching_keys(
     model: nn.Module, blocks: list[nn.Module], patterns: tuple[str, ...]
-) -> tuple[set[str], set[str]]:
-    """Paths inside a block of the layers that any pattern names, and paths outside of blocks."""
+) -> set[str]:
+    """Paths inside a block of the layers that any pattern names, and full paths of others."""
     inside = {
         path
         for block in blocks
@@ -168,18 +246,17 @@ def _matching_keys(
         if isinstance(module, (*_LINEAR, *_SWITCH))
     }
     if not patterns:
-        return inside, set()
+        return inside
     in_blocks = {id(module) for block in model.layers for _, module in block.named_modules()}
-    outside = {
-        path
-        for path, module in model.named_modules()
-        if id(module) not in in_blocks and _layers_for(module)
-    }
-    # A pattern such as * means the blocks; what is outside has to be meant.
+    everything = dict(adaptable_layers(model))
+    outside = {path for path, module in everything.items() if id(module) not in in_blocks}
+    # A pattern such as * means the blocks; what is outside has to be meant, and a layer of one
+    # block by its full path.
     found = set().union(*(_matching(pattern, inside) for pattern in patterns))
-    left = tuple(pattern for pattern in patterns if not _matching(pattern, inside))
+    found |= set(patterns) & everything.keys()
+    left = tuple(p for p in patterns if p not in everything and not _matching(p, inside))
     others = _matches("--target-modules", left, outside, all_paths=inside | outside)
-    return found, set().union(*others.values())
+    return found.union(*others.values())
 
 
 def _own_ranks(overrides: tuple[str, ...], keys: set[str]) -> dict[str, int]:
@@ -218,13 +295,6 @@ def _matching(pattern: str, paths: set[str]) -> set[str]:
     }
 
 
-def _dequantize(model: nn.Module) -> None:
-    """Replace every quantized layer by a dense one of the same values and dtype."""
-    dense: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if is_quantized(module) and _layers_for(module):
-            weight = weight_rows(module, 0, row_shape(module)[0], weight_dtype(module))
-            weight = weight.reshape(weight_shape(module))
-            dense.append((path, with_weight(module, weight, dequantize=True)))
-    model.update_modules(tree_unflatten(dense))
-    mx.eval(model.parameters())
+def _is_parameter(name: str, value: object) -> bool:
+    # As in mlx.nn: what starts with an underscore is not a parameter.
+    return isinstance(value, mx.array) and not name.startswith("_")

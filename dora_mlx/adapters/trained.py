@@ -1,9 +1,11 @@
 """A trained model from its run folder: the base model with the adapter in it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from dora_mlx.adapters.adapter_folder import WEIGHTS_FILE, load_adapter
+from dora_mlx.adapters.adapter_folder import WEIGHTS_FILE
 from dora_mlx.adapters.attach import AdapterSpec
+from dora_mlx.adapters.reading import read_adapter
 from dora_mlx.config import TrainConfig
 from dora_mlx.errors import UserError
 from dora_mlx.loading import LoadedModel, fingerprint, load_base
@@ -26,25 +28,40 @@ def load_run(folder: RunFolder) -> TrainedModel:
     Raises:
         UserError: If the run has no adapter yet, or its base model is gone or has changed.
     """
+    adapter = adapter_of(folder)
     base, config = load_base_of(folder)
-    spec = load_adapter(folder.path, base.model)
+    spec = read_adapter(adapter, base).attach_to(base.model)
     base.model.eval()
     return TrainedModel(base, spec, config)
 
 
-def load_base_of(folder: RunFolder) -> tuple[LoadedModel, TrainConfig]:
-    """The base model of a run that has an adapter, without it, and the run's options.
+def adapter_of(folder: RunFolder, checkpoint: str | None = None) -> Path:
+    """The folder that holds an adapter of a run.
+
+    Args:
+        folder: The run.
+        checkpoint: ``None`` for the best adapter, ``last`` or a step's number for a checkpoint's.
 
     Raises:
-        UserError: If the run has no adapter yet, or its base model is gone or has changed.
+        UserError: If the run has no such adapter.
     """
-    saved = folder.read_config()
-    config = TrainConfig.from_dict(saved["options"], where=str(folder.config_file))
-    if not (folder.path / WEIGHTS_FILE).is_file():
+    adapter = folder.path
+    if not (adapter / WEIGHTS_FILE).is_file():
         raise UserError(
             f"The run {folder.name} has no adapter yet: it stopped before its first validation. "
             f"Go on with it by `dora-mlx train --resume {folder.name}`."
         )
+    return adapter
+
+
+def load_base_of(folder: RunFolder) -> tuple[LoadedModel, TrainConfig]:
+    """The base model of a run, without its adapter, and the run's options.
+
+    Raises:
+        UserError: If the base model is gone or has changed.
+    """
+    saved = folder.read_config()
+    config = TrainConfig.from_dict(saved["options"], where=str(folder.config_file))
     path = resolve(config.model)
     if fingerprint(path) != saved["model"]["fingerprint"]:
         raise UserError(
