@@ -74,11 +74,16 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class WeightState:
-    """All trained weights after ``step`` optimizer steps; ``best`` marks the run's best adapter."""
+    """All trained weights after ``step`` optimizer steps.
+
+    ``best`` marks the run's best adapter; ``correlation`` is Pearson's between dM and dD over the
+    weights, or ``None`` where it says nothing.
+    """
 
     step: int | None
     best: bool
     weights: tuple[WeightChange, ...]
+    correlation: float | None
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,7 @@ class Inspection:
     """What a run did to the weights of its base model.
 
     ``states`` are the kept checkpoints by step, and the best adapter. ``correlation`` is
-    Pearson's between dM and dD over all weights of all states (``None`` if there are too few, or
-    one does not vary), ``correlation_by_module`` that over one module's weights.
+    that of all weights of all states, ``correlation_by_module`` that over one module's weights.
     """
 
     run: str
@@ -149,9 +153,19 @@ def inspect_run(
             done += 1
             if progress is not None:
                 progress(done, len(places) * len(wanted))
-        states.append(WeightState(best if is_best else step, is_best, tuple(weights)))
+        after = best if is_best else step
+        states.append(WeightState(after, is_best, tuple(weights), correlation(weights)))
     states.sort(key=lambda state: (state.step is None, state.step or 0))
-    return _summary(folder.name, config["options"]["model"], method, states)
+    points = [weight for state in states for weight in state.weights]
+    modules = dict.fromkeys(point.module for point in points)
+    return Inspection(
+        folder.name,
+        config["options"]["model"],
+        method,
+        tuple(states),
+        correlation(points),
+        {m: correlation([point for point in points if point.module == m]) for m in modules},
+    )
 
 
 # Where each weight is (block and path within it), and the weights one after the other.
@@ -244,13 +258,6 @@ def _best_step(folder: RunFolder, steps: list[int]) -> int | None:
     if losses:
         return min(losses, key=losses.__getitem__)
     return steps[-1] if steps else None
-
-
-def _summary(run: str, model: str, method: str, states: list[WeightState]) -> Inspection:
-    points = [weight for state in states for weight in state.weights]
-    modules = dict.fromkeys(point.module for point in points)
-    by_module = {m: correlation([p for p in points if p.module == m]) for m in modules}
-    return Inspection(run, model, method, tuple(states), correlation(points), by_module)
 
 
 def correlation(points: list[WeightChange]) -> float | None:
