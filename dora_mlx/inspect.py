@@ -25,7 +25,9 @@ def _give_name_back() -> None:
 if __name__ == "inspect":
     _give_name_back()
 else:
-    from dora_mlx.inspect_command import main
+    from dora_mlx.inspect_command import build_parser, main
+
+    __all__ = ["build_parser", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

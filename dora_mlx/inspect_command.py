@@ -39,11 +39,12 @@ _ROWS_SHOWN = 5
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and inspect; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return run_command(lambda: _inspect(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = parser_for("inspect", DESCRIPTION, EXAMPLES)
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to look at.")
     add_runs_dir_flag(parser)
