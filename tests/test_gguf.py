@@ -21,12 +21,13 @@ from mlx_lm.utils import load_model
 from dora_mlx.errors import UserError
 from dora_mlx.exporting import verify
 from dora_mlx.exporting.gguf import check_gguf_base, vocabulary, write_gguf
-from dora_mlx.exporting.gguf.architectures import (
-    permute_heads,
+from dora_mlx.exporting.gguf.hyperparameters import (
     read_hyperparameters,
-    rope_frequency_factors,
+    read_model_config,
+    rope_tensors,
 )
 from dora_mlx.exporting.gguf.pretokenizer import find_pretokenizer
+from dora_mlx.exporting.gguf.tensors import permute_heads, unpermute_heads
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.verify import (
     VerificationError,
@@ -141,6 +142,7 @@ def test_query_and_key_rows_become_neighbours(tmp_path):
 
 def test_permuted_heads_on_known_numbers():
     assert permute_heads(mx.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert unpermute_heads(permute_heads(mx.arange(24), 2), 2).tolist() == list(range(24))
 
 
 def test_rows_beyond_the_tokenizer_are_unused_tokens(tmp_path):
@@ -166,17 +168,17 @@ def test_llama3_scaling_becomes_a_tensor(tmp_path):
     assert factors[0] == 1
     assert factors[-1] == 8
     assert any(1 < factor < 8 for factor in factors)
-    numbers = read_hyperparameters(json.loads((STARTER / "config.json").read_text()))
-    assert rope_frequency_factors(numbers) is None
+    assert rope_tensors(read_hyperparameters(*read_model_config(STARTER))) == {}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3"}, "'qwen3' cannot be exported to GGUF yet.*llama, mistral"),
+        ({"model_type": "rwkv7"}, "'rwkv7' cannot be exported to GGUF yet.*llama, mistral"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"rope_theta": None, "rms_norm_eps": None, "hidden_act": "gelu"}, "rms_norm_eps is.*gelu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'.*default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "'dynamic'.*default, linear, yarn, llama3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "no original_max_position"),
         (
             {"rope_scaling": {"type": "llama3", "factor": 2.0}},
             "llama3 RoPE scaling has no low_freq",
@@ -314,7 +316,7 @@ def test_names_and_types_that_llama_cpp_cannot_take(tmp_path):
     # llama.cpp gives a model of that name Phi-3's token attributes and then fails on it.
     with pytest.raises(UserError, match="without 'phi-3'"):
         write_gguf(weights, tmp_path / "base", tmp_path / "my-Phi-3.gguf")
-    with pytest.raises(UserError, match="'q4'; choose one of f16, bf16, f32"):
+    with pytest.raises(UserError, match="no GGUF type 'q4'; choose one of f16, bf16, f32"):
         write_gguf(weights, tmp_path / "base", tmp_path / "m.gguf", "q4")
 
 

@@ -16,7 +16,6 @@ from gguf import GGUFReader
 from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from dora_mlx.exporting import verify
 from dora_mlx.exporting.gguf import vocabulary, write_gguf
 from dora_mlx.exporting.gguf.pretokenizer import _LLAMA3
 from dora_mlx.exporting.merge import MergedWeights
@@ -72,16 +71,13 @@ def test_llama_cpp_computes_the_same_for_the_starter(tmp_path):
 def test_verification_notices_a_wrong_model(tmp_path, monkeypatch, mistake):
     """The comparison has to fail for the mistakes that load without a word."""
     model = make_base(tmp_path / "base", rope_scaling=LLAMA3_SCALING)
-    arch = "dora_mlx.exporting.gguf.architectures."
+    arch = "dora_mlx.exporting.gguf.tensors."
     if mistake == "permutation":
         monkeypatch.setattr(arch + "permute_heads", lambda tensor, heads: tensor)
     elif mistake == "rope base":
         change_json(tmp_path / "base" / "config.json", rope_theta=10000.0)
     else:
-        monkeypatch.setattr(
-            "dora_mlx.exporting.gguf.write.rope_frequency_factors", lambda numbers: None
-        )
-        monkeypatch.setattr(verify, "rope_frequency_factors", lambda numbers: None)
+        monkeypatch.setattr("dora_mlx.exporting.gguf.write.rope_tensors", lambda numbers: {})
     write_gguf(MergedWeights(model), tmp_path / "base", tmp_path / "m.gguf")
     with pytest.raises(VerificationError, match="computes something else"):
         verify_gguf(tmp_path / "m.gguf", model, tmp_path / "base", "f16", some_tokens())

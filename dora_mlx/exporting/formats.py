@@ -75,6 +75,37 @@ _BF16 = Quant("bf16", "16 bits with the range of float32, as models are publishe
 _F16 = Quant("f16", "16 bits, more exact than bf16, for values up to 65504.")
 _F32 = Quant("f32", "32 bits: exact, twice the size; for comparing.", advanced=True)
 
+# What llama-quantize makes of an f16 file; there for those who have it.
+_BY_LLAMA_QUANTIZE = (
+    "q5_k_s",
+    "q4_k_s",
+    "iq4_nl",
+    "iq4_xs",
+    "q3_k_l",
+    "q3_k_m",
+    "q3_k_s",
+    "iq3_m",
+    "iq3_s",
+    "q2_k",
+)
+_GGUF_QUANTS = (
+    _F16,
+    _BF16,
+    _F32,
+    Quant("q8_0", "8 bits: hardly to be told from 16, half the size."),
+    Quant("q6_k", "6.6 bits: close to 8."),
+    Quant("q5_k_m", "5.7 bits on average."),
+    Quant("q4_k_m", "4.8 bits on average: the usual choice for running a model."),
+    Quant("q5_1", "6 bits, older form.", advanced=True),
+    Quant("q5_0", "5.5 bits, older form.", advanced=True),
+    Quant("q4_1", "5 bits; keeps an affine 4-bit base as it is.", advanced=True),
+    Quant("q4_0", "4.5 bits, older form.", advanced=True),
+    *(
+        Quant(name, "Needs llama.cpp's llama-quantize on the PATH.", advanced=True)
+        for name in _BY_LLAMA_QUANTIZE
+    ),
+)
+
 EXPORT_FORMATS = (
     ExportFormat(
         "safetensors",
@@ -89,7 +120,7 @@ EXPORT_FORMATS = (
         "gguf",
         "one file for llama.cpp, Ollama, LM Studio and others",
         "llama.cpp",
-        (_F16, _BF16, _F32),
+        _GGUF_QUANTS,
         keeps="bf16",
         suffix=".gguf",
         module="dora_mlx.exporting.gguf_file",

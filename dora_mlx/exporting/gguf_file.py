@@ -1,12 +1,12 @@
 """The ``gguf`` format: one file for llama.cpp and everything built on it."""
 
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 
-from dora_mlx.exporting.gguf.write import DTYPES, check_gguf_base, plan_file, write_gguf
+from dora_mlx.exporting.gguf.read import read_tensors
+from dora_mlx.exporting.gguf.write import check_gguf_base, gguf_size, plan_file, write_gguf
 from dora_mlx.exporting.logits import coarser
 from dora_mlx.exporting.reload import logits_of_weights
 from dora_mlx.exporting.staging import Progress
@@ -14,6 +14,7 @@ from dora_mlx.exporting.verify import (
     PROBES,
     check_gguf_tensors,
     check_gguf_tokens,
+    gguf_precision,
     llama_cpp_is_installed,
     run_llama_cpp,
 )
@@ -30,14 +31,12 @@ class GgufWriter:
 
     def refuse(self, source: ExportSource, quant: str) -> None:
         """Refuse a model that has no GGUF form, from its files and its tensors' names."""
-        check_gguf_base(source.base_dir)
-        plan_file(source.base_dir, source.weights.shapes())
+        check_gguf_base(source.base_dir, quant)
+        plan_file(source.base_dir, source.weights, quant)
 
     def size(self, source: ExportSource, quant: str) -> int:
-        """Bytes of the tensors."""
-        _, _, plans = plan_file(source.base_dir, source.weights.shapes())
-        size = DTYPES[quant][0].size
-        return sum(prod(p.shape) * (4 if len(p.shape) == 1 else size) for p in plans)
+        """Bytes of the file."""
+        return gguf_size(source.weights, source.base_dir, quant)
 
     def write(
         self,
@@ -63,19 +62,16 @@ class GgufWriter:
     def read(self, source: ExportSource, written: Path, quant: str, tokens: mx.array) -> Reading:
         """Compare every tensor, and run the file in llama.cpp where it is installed."""
         count = check_gguf_tensors(written, source.weights, source.base_dir, quant)
-        dtype = DTYPES[quant][0]
+        precision = gguf_precision(quant)
         if llama_cpp_is_installed():
             logits, texts = run_llama_cpp(written, tokens, PROBES)
             check_gguf_tokens(texts, source.base_dir, written)
-            return Reading("llama.cpp", count, logits, dtype)
-
-        def rounded() -> Iterator[tuple[str, mx.array]]:
-            # Bit for bit what the file holds, which was compared just now.
-            for name in source.weights:
-                yield name, source.weights[name].astype(dtype)
-
-        logits, computed_in = logits_of_weights(source.base, rounded(), tokens)
-        return Reading("mlx-lm", count, logits, coarser(dtype, computed_in), _NOT_INSTALLED)
+            return Reading("llama.cpp", count, logits, precision)
+        plan = plan_file(source.base_dir, source.weights, quant)
+        logits, computed_in = logits_of_weights(source.base, read_tensors(written, plan), tokens)
+        if precision is not None:
+            precision = coarser(precision, computed_in)
+        return Reading("mlx-lm", count, logits, precision, _NOT_INSTALLED)
 
 
 WRITER = GgufWriter()

@@ -42,7 +42,7 @@ class Weights(Mapping[str, mx.array]):
 
         In order, float32, evaluated; of at most about a million values each.
         """
-        yield from _split(self[name])
+        yield from split_rows(self[name])
 
     def packed(self, name: str) -> nn.Module | None:
         """The quantized layer whose weight is the tensor ``name`` as it stands, if there is one.
@@ -152,10 +152,11 @@ def _plain(array: mx.array, name: str) -> _Tensor:
             "Train on another quantization of this model."
         )
 
-    return _Tensor(tuple(array.shape), lambda: _split(array))
+    return _Tensor(tuple(array.shape), lambda: split_rows(array))
 
 
-def _split(array: mx.array) -> Iterator[mx.array]:
+def split_rows(array: mx.array) -> Iterator[mx.array]:
+    """``array`` in blocks ``[rows, width]`` of the vectors over its last axis."""
     rows = array.reshape(-1, array.shape[-1])
     size = max(1, BLOCK_VALUES // rows.shape[1])
     for start in range(0, rows.shape[0], size):

@@ -13,12 +13,21 @@ def encode(tensor: mx.array, dtype: mx.Dtype, name: str) -> NDArray[np.generic]:
     Raises:
         UserError: When the tensor holds NaN or infinity, or a value too large for ``dtype``.
     """
+    check_finite(tensor, dtype, name)
     encoded = tensor.astype(dtype)
-    if not mx.isfinite(encoded).all().item():
-        raise UserError(_not_finite(tensor, dtype, name))
     if dtype == mx.bfloat16:
         encoded = encoded.view(mx.uint16)
     return np.array(encoded, copy=False)
+
+
+def check_finite(tensor: mx.array, dtype: mx.Dtype, name: str) -> None:
+    """Refuse a tensor that ``dtype`` cannot hold.
+
+    Raises:
+        UserError: When the tensor holds NaN or infinity, or a value too large for ``dtype``.
+    """
+    if not mx.isfinite(tensor.astype(dtype)).all().item():
+        raise UserError(_not_finite(tensor, dtype, name))
 
 
 def _not_finite(tensor: mx.array, dtype: mx.Dtype, name: str) -> str:

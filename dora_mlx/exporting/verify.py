@@ -7,11 +7,12 @@ and not something that a person can fix by choosing otherwise.
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,34 @@ import gguf
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 from mlx_lm.utils import load_model
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import dora_mlx
-from dora_mlx.exporting.gguf.architectures import rope_frequency_factors
-from dora_mlx.exporting.gguf.write import DTYPES, ROPE_FACTORS, plan_file, tensor_types
+from dora_mlx.exporting.gguf.encoding import encode_block
+from dora_mlx.exporting.gguf.quants import QUANTS
+from dora_mlx.exporting.gguf.write import plan_file
 from dora_mlx.exporting.logits import LIMITS, VerificationError, compare_logits, logits_of
 from dora_mlx.exporting.merge import MergedWeights, Weights
-from dora_mlx.exporting.precision import encode
 from dora_mlx.exporting.report import LogitReport
 from dora_mlx.model_config import read_json
+
+EXACT_TYPES = (Type.F32, Type.F16, Type.BF16)
+# Root mean square of what a type may change a tensor by, over that of its values. About 1.5 times
+# what normally distributed weights lose; a tensor that is wrong is off by 100 % and more.
+TYPE_ERRORS = {
+    Type.Q8_0: 0.01,
+    Type.Q6_K: 0.03,
+    Type.Q5_K: 0.06,
+    Type.Q5_1: 0.06,
+    Type.Q5_0: 0.08,
+    Type.Q4_K: 0.12,
+    Type.Q4_1: 0.12,
+    Type.Q4_0: 0.15,
+}
+COARSEST_ERROR = 0.5
 
 # Contractions, runs of digits and spaces, line ends, scripts, joined emoji, special tokens.
 PROBES = (
@@ -78,7 +95,7 @@ def verify_safetensors(folder: Path, model: nn.Module, token_ids: mx.array) -> L
 
 
 def verify_gguf(
-    file: Path, model: nn.Module, base_dir: Path, dtype: str, token_ids: mx.array
+    file: Path, model: nn.Module, base_dir: Path, quant: str, token_ids: mx.array
 ) -> GgufReport:
     """Compare every tensor of ``file`` with ``model``, and its logits and tokens in llama.cpp.
 
@@ -86,21 +103,29 @@ def verify_gguf(
         file: What ``write_gguf`` wrote.
         model: The adapted model that was exported.
         base_dir: Folder of the base model.
-        dtype: What ``file`` was written as: ``f16``, ``bf16`` or ``f32``.
+        quant: What ``file`` was written as.
         token_ids: ``[B, L]``.
 
     Raises:
         VerificationError: When a tensor, a logit or the tokenization is not what it has to be.
     """
-    count = check_gguf_tensors(file, MergedWeights(model), base_dir, dtype)
+    count = check_gguf_tensors(file, MergedWeights(model), base_dir, quant)
     if not llama_cpp_is_installed():
         return GgufReport(count, None)
     reference, computed_in = logits_of(model, token_ids)
     logits, tokens = run_llama_cpp(file, token_ids, PROBES)
     report = compare_logits(reference, logits)
-    _check(report, [computed_in, DTYPES[dtype][0]], file)
+    precision = gguf_precision(quant)
+    # Weights of fewer bits change the logits by what no limit can tell from a mistake.
+    if precision is not None:
+        _check(report, [computed_in, precision], file)
     check_gguf_tokens(tokens, base_dir, file)
     return GgufReport(count, report)
+
+
+def gguf_precision(quant: str) -> mx.Dtype | None:
+    """The type that all large tensors of a file have, or ``None`` where they are quantized."""
+    return {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}.get(quant)
 
 
 def llama_cpp_is_installed() -> bool:
@@ -161,32 +186,65 @@ def check_folder(folder: Path, weights: Weights) -> None:
             raise VerificationError(f"{name} in {folder} does not hold the merged weights")
 
 
-def check_gguf_tensors(file: Path, weights: Weights, base_dir: Path, dtype: str) -> int:
-    """Compare every tensor bit for bit; returns how many there are."""
-    _, numbers, plans = plan_file(base_dir, weights.shapes())
+def check_gguf_tensors(file: Path, weights: Weights, base_dir: Path, quant: str) -> int:
+    """Compare every tensor with the weights; returns how many there are.
+
+    Values of 16 and 32 bits have to be the weights, bit for bit; quantized ones may differ from
+    them by the error of their type.
+
+    Raises:
+        VerificationError: When one is missing, left over, of another type or shape, or holds
+            something else.
+    """
+    plan = plan_file(base_dir, weights, quant)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    factors = rope_frequency_factors(numbers)
-    expected = {plan.name for plan in plans} | ({ROPE_FACTORS} if factors is not None else set())
+    expected = set(plan.types) | set(plan.extra)
     if set(found) != expected:
         raise VerificationError(f"{file} lacks or adds tensors: {sorted(set(found) ^ expected)}")
-    if factors is not None:
-        _check_bytes(found[ROPE_FACTORS], factors, factors.shape)
-    for plan in plans:
-        value_type, tensor_type = tensor_types(plan, dtype)
-        tensor = found[plan.name]
-        if tensor.tensor_type != tensor_type:
-            raise VerificationError(f"{plan.name} is {tensor.tensor_type.name} in {file}")
-        data = encode(plan.arrange(weights[plan.source]), value_type, plan.source)
-        _check_bytes(tensor, data, plan.shape)
+    for name, values in plan.extra.items():
+        _check_shape(found[name], values.shape)
+        _check_bytes(found[name], found[name].data, values)
+    for tensor in plan.tensors:
+        written = found[tensor.name]
+        # What llama-quantize wrote has types of its own choice.
+        if quant in QUANTS and written.tensor_type != plan.types[tensor.name]:
+            raise VerificationError(f"{tensor.name} is {written.tensor_type.name} in {file}")
+        _check_shape(written, tensor.shape)
+        _check_rows(written, tensor.blocks(weights))
     return len(found)
 
 
-def _check_bytes(tensor: Any, data: NDArray[Any], shape: tuple[int, ...]) -> None:
+def _check_rows(written: Any, blocks: Iterator[mx.array]) -> None:
+    rows = written.data.reshape(-1, written.data.shape[-1])
+    error = size = 0.0
+    start = 0
+    for block in blocks:
+        part = rows[start : start + len(block)]
+        start += len(block)
+        if written.tensor_type in EXACT_TYPES:
+            _check_bytes(written, part, encode_block(block, written.tensor_type, written.name))
+            continue
+        values = np.array(block)
+        difference = gguf.dequantize(part, written.tensor_type) - values
+        error += float(np.square(difference, dtype=np.float64).sum())
+        size += float(np.square(values, dtype=np.float64).sum())
+    limit = TYPE_ERRORS.get(written.tensor_type, COARSEST_ERROR)
+    if not error <= limit**2 * size:
+        raise VerificationError(
+            f"{written.name} is {math.sqrt(error / size):.1%} off the merged weights in "
+            f"{written.tensor_type.name}, which may be {limit:.1%}"
+        )
+
+
+def _check_shape(written: Any, shape: tuple[int, ...]) -> None:
     # GGUF lists dimensions from the fastest to the slowest.
-    if tuple(reversed(tensor.shape.tolist())) != tuple(shape):
-        raise VerificationError(f"{tensor.name} has shape {tensor.shape}, not {shape} reversed")
-    if not np.array_equal(tensor.data.reshape(-1).view(np.uint8), data.reshape(-1).view(np.uint8)):
-        raise VerificationError(f"{tensor.name} does not hold the merged weights")
+    if tuple(reversed(written.shape.tolist())) != tuple(shape):
+        raise VerificationError(f"{written.name} has shape {written.shape}, not {shape} reversed")
+
+
+def _check_bytes(written: Any, data: NDArray[Any], wanted: NDArray[Any]) -> None:
+    if not np.array_equal(data.reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8)):
+        raise VerificationError(f"{written.name} does not hold the merged weights")
 
 
 def check_gguf_tokens(tokens: dict[str, list[list[int]]], base_dir: Path, file: Path) -> None:

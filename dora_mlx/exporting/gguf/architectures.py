@@ -1,68 +1,172 @@
-"""Which models become which GGUF architecture, and how their tensors change on the way.
+"""Which models become which GGUF architecture, and what is particular about each.
 
-llama.cpp rotates neighbouring channels for the architectures marked ``permuted``, where the
-checkpoints rotate the two halves of a head: their query and key rows are reordered. A new
-architecture is an entry in ``ARCHITECTURES`` plus a case in the tests with real llama.cpp.
+Facts only: an entry of ``ARCHITECTURES`` says where llama.cpp's idea of a model differs from a
+plain Llama's. ``docs/gguf.md`` has the steps to add one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import gguf
-import mlx.core as mx
-import numpy as np
-from numpy.typing import NDArray
+from gguf import MODEL_ARCH, GGUFWriter
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting.rope import Rope, read_rope
 
-ROPE_KINDS = ("default", "linear", "llama3")
+_SILU = ("silu", "swish")
+_GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+_PLAIN = ("default", "linear", "yarn")
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of ``config.json`` that the file holds under a key of its own."""
+
+    name: str
+    write: Callable[[GGUFWriter, Any], None]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one ``model_type`` is written."""
+    """How one ``model_type`` of ``config.json`` is written.
 
-    gguf_arch: gguf.MODEL_ARCH
-    permuted: bool
-
-
-ARCHITECTURES = {
-    "llama": Architecture(gguf.MODEL_ARCH.LLAMA, permuted=True),
-    "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, permuted=True),
-}
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """The numbers of ``config.json`` that llama.cpp needs to build the model."""
-
-    context_length: int
-    embedding_length: int
-    block_count: int
-    feed_forward_length: int
-    head_count: int
-    head_count_kv: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: Rope
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the file: where it comes from, its name, and its shape.
-
-    ``heads`` is the number of heads whose rows are reordered, or 0.
+    Args:
+        arch: The architecture in llama.cpp.
+        permuted: llama.cpp rotates neighbouring channels of a head where the checkpoint rotates
+            its two halves, so the rows of queries and keys are reordered.
+        norm_offset: What the checkpoint's norms leave out: they multiply by ``1 + weight``.
+        ropes: Kinds of rotary scaling that mlx-lm and llama.cpp compute alike.
+        activations: ``hidden_act`` that both compute.
+        epsilon: Name of the norms' epsilon.
+        numbers: What else the file holds.
+        defaults: What mlx-lm takes for numbers that published configs leave out.
+        fixed: What llama.cpp takes for granted, by name in the config: the values it may have.
+        prefix: What the names of all tensors start with, in front of ``model.``.
     """
 
-    source: str
-    name: str
-    shape: tuple[int, ...]
-    heads: int
+    arch: MODEL_ARCH
+    permuted: bool = False
+    norm_offset: float = 0.0
+    ropes: tuple[str, ...] = _PLAIN
+    activations: tuple[str, ...] = _SILU
+    epsilon: str = "rms_norm_eps"
+    numbers: tuple[Number, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    prefix: str = ""
 
-    def arrange(self, tensor: mx.array) -> mx.array:
-        """``tensor`` as the file wants it, same shape."""
-        return permute_heads(tensor, self.heads) if self.heads else tensor
+
+_LLAMA_ROPES = (*_PLAIN, "llama3")
+_EXPERTS = (
+    Number("num_experts", GGUFWriter.add_expert_count),
+    Number("num_experts_per_tok", GGUFWriter.add_expert_used_count),
+)
+_SMALL_EXPERTS = (
+    *_EXPERTS,
+    Number("moe_intermediate_size", GGUFWriter.add_expert_feed_forward_length),
+)
+_LLAMA = Architecture(MODEL_ARCH.LLAMA, permuted=True, ropes=_LLAMA_ROPES)
+_GEMMA3 = Architecture(
+    MODEL_ARCH.GEMMA3,
+    norm_offset=1.0,
+    ropes=("default", "linear"),
+    activations=_GELU,
+    numbers=(
+        Number("sliding_window", GGUFWriter.add_sliding_window),
+        Number("sliding_window_pattern", GGUFWriter.add_sliding_window_pattern),
+        Number("rope_local_base_freq", GGUFWriter.add_rope_freq_base_swa),
+    ),
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+    },
+)
+
+ARCHITECTURES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": Architecture(MODEL_ARCH.LLAMA, permuted=True, ropes=("default",), numbers=_EXPERTS),
+    "qwen2": Architecture(MODEL_ARCH.QWEN2),
+    "qwen2_moe": Architecture(
+        MODEL_ARCH.QWEN2MOE,
+        ropes=("default",),
+        numbers=(
+            *_SMALL_EXPERTS,
+            Number(
+                "shared_expert_intermediate_size",
+                GGUFWriter.add_expert_shared_feed_forward_length,
+            ),
+        ),
+    ),
+    "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "qwen3_moe": Architecture(
+        MODEL_ARCH.QWEN3MOE,
+        ropes=("default",),
+        numbers=_SMALL_EXPERTS,
+        fixed={"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    ),
+    "gemma": Architecture(MODEL_ARCH.GEMMA, norm_offset=1.0, ropes=("default",), activations=_GELU),
+    "gemma2": Architecture(
+        MODEL_ARCH.GEMMA2,
+        norm_offset=1.0,
+        ropes=("default",),
+        activations=_GELU,
+        numbers=(
+            Number("attn_logit_softcapping", GGUFWriter.add_attn_logit_softcapping),
+            Number("final_logit_softcapping", GGUFWriter.add_final_logit_softcapping),
+            Number("sliding_window", GGUFWriter.add_sliding_window),
+        ),
+        defaults={
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "query_pre_attn_scalar": 144.0,
+            "sliding_window": 4096,
+            "rope_theta": 1e4,
+        },
+    ),
+    "gemma3_text": _GEMMA3,
+    # The language model inside the one that sees; mlx-lm leaves the rest out.
+    "gemma3": replace(
+        _GEMMA3,
+        prefix="language_model.",
+        defaults={
+            **_GEMMA3.defaults,
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "phi3": Architecture(MODEL_ARCH.PHI3, ropes=("default", "linear", "longrope", "su")),
+    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, permuted=True),
+    "olmo2": Architecture(
+        MODEL_ARCH.OLMO2,
+        defaults={"tie_word_embeddings": True},
+        fixed={"tie_word_embeddings": (False,)},
+    ),
+    "granite": Architecture(
+        MODEL_ARCH.GRANITE,
+        permuted=True,
+        ropes=_LLAMA_ROPES,
+        numbers=(
+            Number("attention_multiplier", GGUFWriter.add_attention_scale),
+            Number("embedding_multiplier", GGUFWriter.add_embedding_scale),
+            Number("residual_multiplier", GGUFWriter.add_residual_scale),
+            Number("logits_scaling", GGUFWriter.add_logit_scale),
+        ),
+    ),
+    "starcoder2": Architecture(
+        MODEL_ARCH.STARCODER2,
+        ropes=("default",),
+        activations=_GELU,
+        epsilon="norm_epsilon",
+        defaults={"norm_epsilon": 1e-5, "rope_theta": 1e5},
+    ),
+}
 
 
 def find_architecture(config: dict[str, Any]) -> Architecture:
@@ -78,133 +182,3 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
             f"{', '.join(ARCHITECTURES)}. Export safetensors instead, if it supports them."
         )
     return ARCHITECTURES[model_type]
-
-
-def read_hyperparameters(config: dict[str, Any]) -> Hyperparameters:
-    """The hyper-parameters of a ``config.json``.
-
-    Raises:
-        UserError: Listing everything that is missing or that llama.cpp would compute otherwise.
-    """
-    problems = [*_missing(config), *_unsupported(config)]
-    if problems:
-        raise UserError(
-            "The base model's config.json cannot be exported to GGUF: " + "; ".join(problems) + "."
-        )
-    rope = read_rope(config)
-    if rope.kind not in ROPE_KINDS:
-        raise UserError(
-            f"RoPE scaling of type {rope.kind!r} cannot be exported to GGUF yet; these can: "
-            f"{', '.join(ROPE_KINDS)}."
-        )
-    heads = config["num_attention_heads"]
-    return Hyperparameters(
-        context_length=config["max_position_embeddings"],
-        embedding_length=config["hidden_size"],
-        block_count=config["num_hidden_layers"],
-        feed_forward_length=config["intermediate_size"],
-        head_count=heads,
-        head_count_kv=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        rms_norm_eps=config["rms_norm_eps"],
-        rope=rope,
-    )
-
-
-def plan_tensors(
-    architecture: Architecture, numbers: Hyperparameters, shapes: dict[str, tuple[int, ...]]
-) -> list[TensorPlan]:
-    """One plan for every tensor in ``shapes``, in the same order.
-
-    Raises:
-        UserError: When a tensor has no place in the architecture, or does not fit the config.
-    """
-    names = gguf.get_tensor_name_map(architecture.gguf_arch, numbers.block_count)
-    plans = []
-    for source, shape in shapes.items():
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise UserError(
-                f"{source} has no place in a GGUF file of a "
-                f"{gguf.MODEL_ARCH_NAMES[architecture.gguf_arch]} model, so this model cannot be "
-                "exported yet."
-            )
-        heads = _permuted_heads(name, numbers) if architecture.permuted else 0
-        if heads and shape[0] != heads * numbers.head_dim:
-            raise UserError(
-                f"{source} has {shape[0]} rows where config.json says {heads} heads of "
-                f"{numbers.head_dim}. Export with the config.json this model was trained from."
-            )
-        plans.append(TensorPlan(source, name, shape, heads))
-    return plans
-
-
-def permute_heads(tensor: mx.array, heads: int) -> mx.array:
-    """Rows from half-split to neighbouring order, head by head; shape is kept.
-
-    ``[heads * head_dim, ...]``: row i of a head's first half goes to 2 i, of its second to 2 i + 1.
-    """
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return halves.swapaxes(1, 2).reshape(tensor.shape)
-
-
-def rope_frequency_factors(numbers: Hyperparameters) -> NDArray[np.float32] | None:
-    """What llama.cpp divides each rotary frequency by: ``[head_dim / 2]``, or ``None`` for 1.
-
-    Llama 3 stretches slow frequencies by ``factor``, keeps fast ones, and blends between.
-    """
-    if numbers.rope.kind != "llama3":
-        return None
-    scaling = numbers.rope.scaling
-    factor, low, high = (
-        float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")
-    )
-    exponents = np.arange(0, numbers.head_dim, 2, dtype=np.float64) / numbers.head_dim
-    wavelengths = 2 * np.pi * numbers.rope.base**exponents
-    turns = float(scaling["original_max_position_embeddings"]) / wavelengths
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
-
-
-def _permuted_heads(name: str, numbers: Hyperparameters) -> int:
-    part = name.split(".")[-2]
-    return {"attn_q": numbers.head_count, "attn_k": numbers.head_count_kv}.get(part, 0)
-
-
-def _missing(config: dict[str, Any]) -> list[str]:
-    required = [
-        "max_position_embeddings",
-        "hidden_size",
-        "num_hidden_layers",
-        "intermediate_size",
-        "num_attention_heads",
-        "rms_norm_eps",
-    ]
-    problems = [f"{key} is missing" for key in required if config.get(key) is None]
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    needed = {
-        "linear": ["factor"],
-        "llama3": [
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ],
-    }
-    kind = str(scaling.get("rope_type") or scaling.get("type"))
-    return problems + [
-        f"the {kind} RoPE scaling has no {key}"
-        for key in needed.get(kind, [])
-        if key not in scaling
-    ]
-
-
-def _unsupported(config: dict[str, Any]) -> list[str]:
-    problems = []
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"its activation is {config['hidden_act']!r} where llama.cpp uses 'silu'")
-    if config.get("rope_traditional"):
-        problems.append("it sets rope_traditional")
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        problems.append("some of its layers attend to a sliding window")
-    return problems

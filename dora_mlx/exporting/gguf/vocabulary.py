@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import TokenType
+from gguf import GGUFWriter, TokenType
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dora_mlx.errors import UserError
@@ -48,12 +48,13 @@ class Vocabulary:
     chat_template: str | list[dict[str, str]] | None
 
 
-def read_vocabulary(base_dir: Path, rows: int) -> Vocabulary:
+def read_vocabulary(base_dir: Path, rows: int, pre: str | None = None) -> Vocabulary:
     """The vocabulary of the tokenizer in ``base_dir``.
 
     Args:
         base_dir: Folder of the base model.
         rows: Rows of the embedding; llama.cpp wants exactly as many tokens.
+        pre: Name of the pre-tokenizer in llama.cpp, when the person who exports knows it.
 
     Raises:
         UserError: When llama.cpp would not tokenize exactly as this tokenizer does.
@@ -61,7 +62,7 @@ def read_vocabulary(base_dir: Path, rows: int) -> Vocabulary:
     tokenizer = read_json(base_dir / "tokenizer.json")
     settings = read_json_if_there(base_dir / "tokenizer_config.json")
     _refuse_other_tokenizers(tokenizer)
-    pretokenizer = find_pretokenizer(
+    pretokenizer = pre or find_pretokenizer(
         tokenizer, bool(settings.get("clean_up_tokenization_spaces", False))
     )
     tokens, types = _read_tokens(tokenizer, rows)
@@ -96,6 +97,30 @@ def read_vocabulary(base_dir: Path, rows: int) -> Vocabulary:
         add_eos=after is not None,
         chat_template=_read_chat_template(base_dir, settings),
     )
+
+
+def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add every key of the tokenizer to ``writer``."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pretokenizer)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(vocabulary.bos)
+    writer.add_eos_token_id(vocabulary.eos)
+    writer.add_eot_token_id(vocabulary.eot)
+    for add, token in (
+        (writer.add_eom_token_id, vocabulary.eom),
+        (writer.add_pad_token_id, vocabulary.pad),
+        (writer.add_unk_token_id, vocabulary.unk),
+    ):
+        if token is not None:
+            add(token)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(False)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
 
 
 def _refuse_other_tokenizers(tokenizer: dict[str, Any]) -> None:

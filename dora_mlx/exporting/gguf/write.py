@@ -1,64 +1,101 @@
-"""Write a GGUF file, one tensor in memory at a time."""
+"""Write a GGUF file, some rows of one tensor in memory at a time."""
 
-from collections.abc import Callable
-from math import prod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import gguf
-import mlx.core as mx
 import numpy as np
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting.gguf.architectures import (
-    Architecture,
+from dora_mlx.exporting.gguf.architectures import Architecture
+from dora_mlx.exporting.gguf.encoding import encode_block, encode_q4_1, fits_q4_1
+from dora_mlx.exporting.gguf.hyperparameters import (
     Hyperparameters,
-    TensorPlan,
-    find_architecture,
-    plan_tensors,
     read_hyperparameters,
-    rope_frequency_factors,
+    read_model_config,
+    rope_tensors,
+    write_hyperparameters,
 )
-from dora_mlx.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from dora_mlx.exporting.gguf.llama_quantize import check_llama_quantize, run_llama_quantize
+from dora_mlx.exporting.gguf.quants import (
+    LLAMA_QUANTIZE_QUANTS,
+    QUANTS,
+    choose_type,
+    find_quant,
+    size_in_bytes,
+)
+from dora_mlx.exporting.gguf.tensors import TensorPlan, plan_tensors
+from dora_mlx.exporting.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from dora_mlx.exporting.merge import Weights
-from dora_mlx.exporting.precision import encode
 from dora_mlx.exporting.staging import Progress, byte_counter, staged_file
-from dora_mlx.model_config import read_json
 
-DTYPES = {
-    "f16": (mx.float16, GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (mx.bfloat16, GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "f32": (mx.float32, GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-}
-ROPE_FACTORS = "rope_freqs.weight"
+# A float16 scale that is further from the original than this is said to be rounded.
+_EXACT = 1e-6
 
 
-def check_gguf_base(base_dir: Path) -> None:
-    """Refuse a base model that cannot be exported, from its files alone.
+@dataclass(frozen=True)
+class FilePlan:
+    """Everything about a file except its vocabulary and its data.
+
+    ``types`` has the type of every tensor by its name in the file; ``taken_over`` those that are
+    copied from the quantized base as they are; ``extra`` float32 tensors the model does not have.
+    """
+
+    architecture: Architecture
+    numbers: Hyperparameters
+    tensors: list[TensorPlan]
+    types: dict[str, Type]
+    taken_over: frozenset[str]
+    extra: dict[str, NDArray[np.float32]]
+
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        sizes = (size_in_bytes(plan.shape, self.types[plan.name]) for plan in self.tensors)
+        return sum(sizes) + sum(tensor.nbytes for tensor in self.extra.values())
+
+    def rows(self) -> int:
+        """Rows of the embedding: the number of tokens that llama.cpp wants."""
+        return {plan.name: plan.shape[0] for plan in self.tensors}["token_embd.weight"]
+
+
+def check_gguf_base(base_dir: Path, quant: str = "f16", pre: str | None = None) -> None:
+    """Refuse a base model or a type that cannot be exported, from the model's files alone.
 
     Raises:
-        UserError: Naming the first of architecture, config and tokenizer that is not supported.
+        UserError: Naming the first of type, architecture, config and tokenizer that is not
+            supported, and those that are.
     """
-    config = read_json(base_dir / "config.json")
-    find_architecture(config)
-    read_hyperparameters(config)
+    find_quant(quant)
+    if quant in LLAMA_QUANTIZE_QUANTS:
+        check_llama_quantize(quant)
+    architecture, config = read_model_config(base_dir)
+    read_hyperparameters(architecture, config)
     if config.get("vocab_size") is None:
         raise UserError("vocab_size is missing from the base model's config.json.")
-    read_vocabulary(base_dir, config["vocab_size"])
+    read_vocabulary(base_dir, config["vocab_size"], pre)
+
+
+def gguf_size(weights: Weights, base_dir: Path, quant: str) -> int:
+    """About the size in bytes of the file that ``write_gguf`` would write."""
+    plan = plan_file(base_dir, weights, quant)
+    return plan.data_bytes() + _metadata_bytes(read_vocabulary(base_dir, plan.rows(), None), plan)
 
 
 def write_gguf(
     weights: Weights,
     base_dir: Path,
     output_file: Path,
-    dtype: str = "f16",
+    quant: str = "f16",
     progress: Progress | None = None,
     *,
     overwrite: bool = False,
+    pre: str | None = None,
     check: Callable[[Path], object] | None = None,
-) -> None:
+) -> list[str]:
     """Write ``weights`` with the hyper-parameters and the tokenizer of ``base_dir``.
 
     Args:
@@ -66,147 +103,165 @@ def write_gguf(
         base_dir: Folder of the base model: ``config.json`` and the tokenizer's files.
         output_file: File to write; complete when this returns, untouched when it raises. Its
             name without the suffix is the name that programs show for the model.
-        dtype: ``f16``, ``bf16`` or ``f32``; one-dimensional tensors are always float32.
+        quant: A name of ``QUANTS`` or ``LLAMA_QUANTIZE_QUANTS``; norms and biases are always
+            float32.
         progress: Called with bytes done and bytes in total.
         overwrite: Replace a file that exists.
+        pre: Name of the pre-tokenizer in llama.cpp, for a tokenizer that is not known here.
         check: Called with the complete output while it still has a temporary name; what it
             raises discards the output and keeps the one that was there before.
+
+    Returns:
+        Sentences about what a person may want to know, most often none.
 
     Raises:
         UserError: When this model cannot be exported, or the file cannot be written.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
-    architecture, numbers, plans = plan_file(base_dir, weights.shapes())
-    rows = {plan.name: plan.shape[0] for plan in plans}["token_embd.weight"]
-    vocabulary = read_vocabulary(base_dir, rows)
-    factors = rope_frequency_factors(numbers)
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture.gguf_arch])
-    _add_general(writer, output_file.stem, dtype)
-    _add_hyperparameters(writer, numbers, len(vocabulary.tokens))
-    _add_vocabulary(writer, vocabulary)
-    total = _announce_tensors(writer, plans, dtype, factors)
-    with staged_file(output_file, total + _metadata_bytes(vocabulary, plans), overwrite) as partial:
-        try:
-            writer.write_header_to_file(partial)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
-        report = byte_counter(total, progress)
-        # GGUFWriter's own tensor output reports a full disk as an OSError without errno.
-        with open(partial, "ab") as file:
-            if factors is not None:
-                report(_write_aligned(file, factors))
-            for plan in plans:
-                value_type, _ = tensor_types(plan, dtype)
-                tensor = plan.arrange(weights[plan.source])
-                report(_write_aligned(file, encode(tensor, value_type, plan.source)))
+    check_gguf_base(base_dir, quant, pre)
+    plan = plan_file(base_dir, weights, quant)
+    vocabulary = read_vocabulary(base_dir, plan.rows(), pre)
+    name = _model_name(output_file, plan.architecture)
+    needed = plan.data_bytes() + _metadata_bytes(vocabulary, plan)
+    if quant in QUANTS:
+        with staged_file(output_file, needed, overwrite) as partial:
+            notes = _write(weights, plan, vocabulary, partial, name, quant, progress)
+            if check is not None:
+                check(partial)
+        return notes
+    source = plan_file(base_dir, weights, "f16")
+    between = source.data_bytes() + _metadata_bytes(vocabulary, source)
+    with staged_file(output_file, needed + between, overwrite) as partial:
+        with run_llama_quantize(partial, quant) as file:
+            notes = _write(weights, source, vocabulary, file, name, "f16", progress)
         if check is not None:
             check(partial)
+    return notes
 
 
-def tensor_types(plan: TensorPlan, dtype: str) -> tuple[mx.Dtype, GGMLQuantizationType]:
-    """The types ``plan`` is written as: MLX's and GGUF's."""
-    # llama.cpp multiplies by norms and adds biases in float32 and refuses anything else.
-    value_type, tensor_type, _ = DTYPES["f32" if len(plan.shape) == 1 else dtype]
-    return value_type, tensor_type
-
-
-def plan_file(
-    base_dir: Path, shapes: dict[str, tuple[int, ...]]
-) -> tuple[Architecture, Hyperparameters, list[TensorPlan]]:
-    """What a file holds, from the base model's config and the shapes of its weights.
+def plan_file(base_dir: Path, weights: Weights, quant: str) -> FilePlan:
+    """What a file of ``weights`` holds, from the base model's config and the shapes alone.
 
     Raises:
         UserError: When this model cannot be exported.
     """
-    config = read_json(base_dir / "config.json")
-    architecture = find_architecture(config)
-    numbers = read_hyperparameters(config)
-    return architecture, numbers, plan_tensors(architecture, numbers, shapes)
+    chosen = find_quant(quant)
+    architecture, config = read_model_config(base_dir)
+    numbers = read_hyperparameters(architecture, config)
+    plans = plan_tensors(architecture, numbers, weights.shapes())
+    tied = "output.weight" not in {plan.name for plan in plans}
+    types = {plan.name: choose_type(chosen, plan.name, plan.shape, numbers, tied) for plan in plans}
+    taken_over = set()
+    for plan in plans if chosen.type == Type.Q4_1 else ():
+        packed = weights.packed(plan.source)
+        if packed is not None and fits_q4_1(packed) and types[plan.name] != Type.F32:
+            taken_over.add(plan.name)
+            types[plan.name] = Type.Q4_1
+    return FilePlan(
+        architecture, numbers, plans, types, frozenset(taken_over), rope_tensors(numbers)
+    )
 
 
-def _announce_tensors(
-    writer: gguf.GGUFWriter,
-    plans: list[TensorPlan],
-    dtype: str,
-    factors: NDArray[np.float32] | None,
-) -> int:
-    """Tell ``writer`` every name, shape and type, in writing order; returns bytes of data."""
-    tensors = [(plan.name, plan.shape, *tensor_types(plan, dtype)) for plan in plans]
-    if factors is not None:
-        tensors.insert(0, (ROPE_FACTORS, factors.shape, mx.float32, GGMLQuantizationType.F32))
-    total = 0
-    for name, shape, value_type, tensor_type in tensors:
-        size = prod(shape) * value_type.size
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=tensor_type)
-        total += size
-    return total
+def _write(
+    weights: Weights,
+    plan: FilePlan,
+    vocabulary: Vocabulary,
+    file: Path,
+    name: str,
+    quant: str,
+    progress: Progress | None,
+) -> list[str]:
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[plan.architecture.arch])
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(QUANTS[quant].file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(len(vocabulary.tokens))
+    write_hyperparameters(writer, plan.architecture, plan.numbers)
+    write_vocabulary(writer, vocabulary)
+    _announce_tensors(writer, plan)
+    try:
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+    report = byte_counter(plan.data_bytes(), progress)
+    largest_change = 0.0
+    # GGUFWriter's own tensor output reports a full disk as an OSError without errno.
+    with open(file, "ab") as stream:
+        for extra in plan.extra.values():
+            _write_aligned(stream, iter([extra]), report)
+        for tensor in plan.tensors:
+            if tensor.name in plan.taken_over:
+                data, change = _take_over(weights, tensor)
+                largest_change = max(largest_change, change)
+                _write_aligned(stream, iter([data]), report)
+                continue
+            kind = plan.types[tensor.name]
+            encoded = (encode_block(block, kind, tensor.source) for block in tensor.blocks(weights))
+            _write_aligned(stream, encoded, report)
+    return _notes(plan, largest_change)
 
 
-def _metadata_bytes(vocabulary: Vocabulary, plans: list[TensorPlan]) -> int:
+def _take_over(weights: Weights, tensor: TensorPlan) -> tuple[NDArray[np.uint8], float]:
+    packed = weights.packed(tensor.source)
+    assert packed is not None
+    levels, scales, biases = (
+        tensor.arrange(packed[part]) for part in ("weight", "scales", "biases")
+    )
+    return encode_q4_1(levels, scales, biases)
+
+
+def _notes(plan: FilePlan, largest_change: float) -> list[str]:
+    if not plan.taken_over:
+        return []
+    count = (
+        f"{len(plan.taken_over)} of {len(plan.tensors)} tensors are the base's own 4-bit weights"
+    )
+    if largest_change <= _EXACT:
+        return [f"{count}, taken over without rounding them again."]
+    return [
+        f"{count}; their scales were rounded to float16, which changed them by up to "
+        f"{largest_change:.1g} of their value."
+    ]
+
+
+def _announce_tensors(writer: gguf.GGUFWriter, plan: FilePlan) -> None:
+    """Tell ``writer`` every name, shape and type, in writing order."""
+    tensors = [(name, tensor.shape, Type.F32) for name, tensor in plan.extra.items()]
+    tensors += [(tensor.name, tensor.shape, plan.types[tensor.name]) for tensor in plan.tensors]
+    for name, shape, kind in tensors:
+        size = size_in_bytes(shape, kind)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+
+
+def _metadata_bytes(vocabulary: Vocabulary, plan: FilePlan) -> int:
     """About what everything except the tensors' data takes; never less."""
-    texts = sum(len(text.encode()) + 24 for text in [*vocabulary.tokens, *vocabulary.merges])
-    return texts + 200 * len(plans) + 10**6
+    texts = sum(len(text.encode()) + 32 for text in [*vocabulary.tokens, *vocabulary.merges])
+    return texts + 200 * len(plan.tensors) + 10**6
 
 
-def _write_aligned(file: BinaryIO, data: NDArray[Any]) -> int:
-    """Write ``data`` with zeros around it up to GGUF's alignment; returns its own size."""
-    for content in (data.data, b""):
-        file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
-        file.write(content)
-    return data.nbytes
+def _write_aligned(
+    file: BinaryIO, blocks: Iterator[NDArray[Any]], report: Callable[[int], None]
+) -> None:
+    """Write ``blocks`` one after the other, with zeros around them up to GGUF's alignment."""
+    _align(file)
+    for block in blocks:
+        file.write(np.ascontiguousarray(block).data)
+        report(block.nbytes)
+    _align(file)
 
 
-def _add_general(writer: gguf.GGUFWriter, name: str, dtype: str) -> None:
-    if "phi3" in name.lower() or "phi-3" in name.lower():
+def _align(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def _model_name(output_file: Path, architecture: Architecture) -> str:
+    name = output_file.stem
+    phi = "phi3" in name.lower() or "phi-3" in name.lower()
+    if phi and architecture.arch != gguf.MODEL_ARCH.PHI3:
         raise UserError(
             f"llama.cpp takes any model named {name!r} for a Phi-3 and fails on it. "
             "Choose a file name without 'phi-3'."
         )
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(DTYPES[dtype][2])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _add_hyperparameters(writer: gguf.GGUFWriter, numbers: Hyperparameters, tokens: int) -> None:
-    writer.add_vocab_size(tokens)
-    writer.add_context_length(numbers.context_length)
-    writer.add_embedding_length(numbers.embedding_length)
-    writer.add_block_count(numbers.block_count)
-    writer.add_feed_forward_length(numbers.feed_forward_length)
-    writer.add_head_count(numbers.head_count)
-    writer.add_head_count_kv(numbers.head_count_kv)
-    writer.add_key_length(numbers.head_dim)
-    writer.add_value_length(numbers.head_dim)
-    writer.add_layer_norm_rms_eps(numbers.rms_norm_eps)
-    writer.add_rope_dimension_count(numbers.head_dim)
-    writer.add_rope_freq_base(numbers.rope.base)
-    if numbers.rope.kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(numbers.rope.scaling["factor"]))
-
-
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pretokenizer)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    writer.add_bos_token_id(vocabulary.bos)
-    writer.add_eos_token_id(vocabulary.eos)
-    writer.add_eot_token_id(vocabulary.eot)
-    for add, token in (
-        (writer.add_eom_token_id, vocabulary.eom),
-        (writer.add_pad_token_id, vocabulary.pad),
-        (writer.add_unk_token_id, vocabulary.unk),
-    ):
-        if token is not None:
-            add(token)
-    writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_eos_token(vocabulary.add_eos)
-    writer.add_add_space_prefix(False)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
+    return name
