@@ -146,7 +146,7 @@ def _bytes(values: mx.array) -> Bytes:
 def _nibbles(levels: Bytes) -> Bytes:
     """``[blocks, 256]`` levels below 16, two groups of 32 to 32 bytes: ``[blocks, 128]``."""
     pairs = levels.reshape(-1, 4, 2, 32)
-    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(-1, BLOCK // 2)
+    return (pairs[:, :, 0] | (pairs[:, :, 1] << np.uint8(4))).reshape(-1, BLOCK // 2)
 
 
 def _twelve(scales: Bytes, minima: Bytes) -> Bytes:
