@@ -127,9 +127,9 @@ def adapter_layers(model: nn.Module, spec: AdapterSpec) -> dict[str, LowRankLaye
     Raises:
         UserError: If a rank override names nothing that is adapted.
     """
-    ranks = dict.fromkeys(spec.keys, spec.rank) | _own_ranks(spec.rank_overrides, set(spec.keys))
+    ranks = layer_ranks(spec)
     layers = {}
-    for path, key, module in _adapted_places(model, spec):
+    for path, key, module in adapted_places(model, spec):
         rank = ranks[key]
         # The layers divide by the rank; rsLoRA divides by its square root.
         strength = spec.alpha * math.sqrt(rank) if spec.rslora else spec.alpha
@@ -144,9 +144,9 @@ def adapted_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, 
     Raises:
         UserError: If a rank override names nothing that is adapted.
     """
-    ranks = dict.fromkeys(spec.keys, spec.rank) | _own_ranks(spec.rank_overrides, set(spec.keys))
+    ranks = layer_ranks(spec)
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, key, module in _adapted_places(model, spec):
+    for path, key, module in adapted_places(model, spec):
         rank = ranks[key]
         *experts, out, width = weight_shape(module)
         magnitude: tuple[int, ...] = (*experts, out)
@@ -196,7 +196,16 @@ def block_paths(model: nn.Module) -> list[str]:
     return [paths[id(block)] for block in model.layers]
 
 
-def _adapted_places(model: nn.Module, spec: AdapterSpec) -> Iterator[tuple[str, str, nn.Module]]:
+def layer_ranks(spec: AdapterSpec) -> dict[str, int]:
+    """Rank of every layer by its key.
+
+    Raises:
+        UserError: If a rank override names nothing that is adapted.
+    """
+    return dict.fromkeys(spec.keys, spec.rank) | _own_ranks(spec.rank_overrides, set(spec.keys))
+
+
+def adapted_places(model: nn.Module, spec: AdapterSpec) -> Iterator[tuple[str, str, nn.Module]]:
     """Path, key and module of every layer that a spec adapts, block after block."""
     keys = set(spec.keys)
     blocks = list(zip(block_paths(model), model.layers, strict=True))[-spec.num_layers :]

@@ -7,6 +7,7 @@ of PEFT. Everything that is wrong is told in one message.
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from dora_mlx.adapters.adapter_folder import WEIGHTS_FILE, read_mlx_adapter
@@ -56,6 +57,10 @@ def _read(folder: Path, model: nn.Module, problems: list[str], model_name: str) 
             f"{folder} holds no adapter: neither {WEIGHTS_FILE} (of dora_mlx or mlx-lm) nor "
             "adapter_model.safetensors (of PEFT) is there."
         )
+    if adapter.spec.method != "full":
+        # What trains is float32, whatever the file is.
+        wide = {name: array.astype(mx.float32) for name, array in adapter.arrays.items()}
+        adapter = StoredAdapter(adapter.spec, wide)
     problems += fit_problems(adapter, model)
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
