@@ -14,10 +14,11 @@ from adapter_models import (
     write_dequantized,
 )
 from exporting_models import some_tokens
+from mlx_lm.utils import _get_classes
 from safetensors.numpy import load_file, save_file
 
-from dora_mlx.adapters.attach import AdapterSpec
-from dora_mlx.adapters.peft import write_peft
+from dora_mlx.adapters.attach import AdapterSpec, adaptable_layers
+from dora_mlx.adapters.peft import SAME_NAMES, write_peft
 from dora_mlx.adapters.reading import read_adapter
 from dora_mlx.adapters.stored import StoredAdapter
 from dora_mlx.errors import UserError
@@ -218,3 +219,21 @@ def test_what_peft_cannot_say_is_refused_before_anything_is_written(untied, tmp_
     (tmp_path / "bin" / "adapter_model.bin").touch()
     with pytest.raises(UserError, match="can run code"):
         read_adapter(tmp_path / "bin", tied)
+
+
+@pytest.mark.parametrize("model_type", SAME_NAMES)
+def test_layers_have_the_same_names_in_transformers(model_type):
+    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 40}
+    config = transformers.AutoConfig.for_model(model_type, **options, **heads, **special)
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    values = config.to_dict() | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model_class, arguments = _get_classes(values)
+    ours = model_class(arguments.from_dict(values))
+    adaptable = {path for path, _ in adaptable_layers(ours)}
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    known = {path for path, module in theirs.named_modules() if isinstance(module, kinds)}
+    # Transformers has an output layer also where it is the embedding.
+    assert adaptable | {"lm_head"} == known | {"lm_head"}

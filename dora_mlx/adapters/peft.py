@@ -31,17 +31,25 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 # Architectures whose layers mlx-lm names as Transformers does; a test compares them.
 SAME_NAMES = (
     "cohere",
+    "cohere2",
+    "ernie4_5",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "glm",
     "granite",
+    "hunyuan_v1_dense",
     "llama",
+    "ministral3",
     "mistral",
     "olmo2",
+    "phi",
     "phi3",
     "qwen2",
     "qwen3",
+    "seed_oss",
     "smollm3",
+    "stablelm",
     "starcoder2",
 )
 
