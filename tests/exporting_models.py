@@ -9,7 +9,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 
+from dora_mlx.exporting.logits import LIMITS, VerificationError, compare_logits, logits_of
+from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.exporting.safetensors import SafetensorsWriter
+from dora_mlx.exporting.stored import MAX_SHARD_BYTES
+from dora_mlx.exporting.writer import ExportSource
 from dora_mlx.layers import DoRALinear
+from dora_mlx.loading import LoadedModel
+from dora_mlx.model_config import read_json
 
 STARTER = Path(__file__).parents[1] / "models" / "starter"
 # More rows than the 2048 tokens of the starter's tokenizer, as many checkpoints have.
@@ -90,3 +97,36 @@ def change_json(path, **changes):
     content = json.loads(path.read_text())
     content.update(changes)
     path.write_text(json.dumps(content))
+
+
+def source_of(weights, base: Path, model: nn.Module | None = None) -> ExportSource:
+    config = read_json(base / "config.json")
+    return ExportSource(LoadedModel(model, None, config, base), weights)
+
+
+def write_safetensors(
+    weights,
+    base: Path,
+    output: Path,
+    quant: str = "bf16",
+    progress=None,
+    *,
+    overwrite=False,
+    check=None,
+    max_shard_bytes=MAX_SHARD_BYTES,
+):
+    SafetensorsWriter(max_shard_bytes).write(
+        source_of(weights, base), output, quant, progress, overwrite=overwrite, check=check
+    )
+
+
+def verify_safetensors(folder: Path, model: nn.Module, tokens: mx.array):
+    """Read ``folder`` back and compare it with ``model`` as the command does."""
+    quant = {"bfloat16": "bf16", "float16": "f16"}[read_json(folder / "config.json")["torch_dtype"]]
+    source = source_of(MergedWeights(model), folder)
+    reading = SafetensorsWriter().read(source, folder, quant, tokens)
+    reference, _ = logits_of(model, tokens)
+    report = compare_logits(reference, reading.logits)
+    if report.relative_rms > LIMITS[reading.precision]:
+        raise VerificationError(f"computes something else: {report}")
+    return report

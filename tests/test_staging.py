@@ -11,15 +11,21 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from exporting_models import STARTER, make_base, some_tokens
+from exporting_models import (
+    STARTER,
+    make_base,
+    some_tokens,
+    verify_safetensors,
+    write_safetensors,
+)
 
 from dora_mlx.errors import UserError
 from dora_mlx.exporting import staging
 from dora_mlx.exporting.gguf import write_gguf
+from dora_mlx.exporting.logits import VerificationError
 from dora_mlx.exporting.merge import MergedWeights
-from dora_mlx.exporting.safetensors import write_safetensors
 from dora_mlx.exporting.staging import staged_file, staged_folder
-from dora_mlx.exporting.verify import VerificationError, verify_gguf, verify_safetensors
+from dora_mlx.exporting.verify import verify_gguf
 
 WRITERS = [write_safetensors, write_gguf]
 

@@ -4,6 +4,7 @@ A format is one entry here and one module with a ``WRITER`` (``exporting/writer.
 knows the list. Importing this file imports nothing heavy.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -106,7 +107,41 @@ _GGUF_QUANTS = (
     ),
 )
 
+# Of the mlx format: quantized as the base model is, and not at all.
+BASE_QUANT = "base"
+DENSE_QUANT = "none"
+# Group size, bits and mode of the others.
+MLX_PACKINGS = {
+    **{f"{bits}bit": (64, bits, "affine") for bits in (8, 6, 5, 4, 3, 2)},
+    "mxfp8": (32, 8, "mxfp8"),
+    "mxfp4": (32, 4, "mxfp4"),
+    "nvfp4": (16, 4, "nvfp4"),
+    **{
+        f"{bits}bit-g{group}": (group, bits, "affine")
+        for bits in (8, 6, 5, 4, 3, 2)
+        for group in (32, 128)
+    },
+}
+
+
+def _mlx_quants() -> Iterator[Quant]:
+    yield Quant(BASE_QUANT, "Quantized layer by layer as the base model is; 16 bits if it is not.")
+    yield Quant(DENSE_QUANT, "Not quantized: 16 bits, as the base model has them, else bf16.")
+    for name, (group, bits, mode) in MLX_PACKINGS.items():
+        what = f"{bits} bits in groups of {group}" if mode == "affine" else f"MLX's {name} format"
+        yield Quant(name, f"{what}.", advanced="-" in name or bits in (2, 3, 5))
+
+
 EXPORT_FORMATS = (
+    ExportFormat(
+        "mlx",
+        "a folder for mlx-lm and LM Studio on a Mac, quantized as the base model is",
+        "mlx-lm",
+        tuple(_mlx_quants()),
+        keeps=DENSE_QUANT,
+        suffix="",
+        module="dora_mlx.exporting.mlx_folder",
+    ),
     ExportFormat(
         "safetensors",
         "a folder in Hugging Face layout, for Transformers, vLLM, mlx-lm and others",

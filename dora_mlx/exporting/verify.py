@@ -22,7 +22,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from mlx_lm.utils import load_model
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -68,30 +67,6 @@ class GgufReport:
 
     tensors: int
     logits: LogitReport | None
-
-
-def verify_safetensors(folder: Path, model: nn.Module, token_ids: mx.array) -> LogitReport:
-    """Compare every tensor in ``folder`` with ``model``, and its logits when mlx-lm loads it.
-
-    Args:
-        folder: What ``write_safetensors`` wrote.
-        model: The adapted model that was exported.
-        token_ids: ``[B, L]``; a few dozen tokens a row show a wrong rotary frequency.
-
-    Raises:
-        VerificationError: When a tensor is not the merged weight at the folder's precision, or
-            the logits differ by more than that precision explains.
-    """
-    check_folder(folder, MergedWeights(model))
-    reference, dtype = logits_of(model, token_ids)
-    reloaded, config = load_model(folder, lazy=True)
-    if mx.default_device().type == mx.DeviceType.cpu:
-        # Half precision products are slow on a CPU, and add their own rounding.
-        reloaded.set_dtype(mx.float32)
-    logits, computed_in = logits_of(reloaded, token_ids)
-    report = compare_logits(reference, logits)
-    _check(report, [dtype, computed_in, getattr(mx, config["torch_dtype"])], folder)
-    return report
 
 
 def verify_gguf(
@@ -164,26 +139,6 @@ def _check(report: LogitReport, dtypes: list[mx.Dtype], place: Path) -> None:
             f"{place} computes something else than the model it was exported from: "
             f"{report}, and relative_rms may be {limit}"
         )
-
-
-def check_folder(folder: Path, weights: Weights) -> None:
-    """Compare every tensor of a safetensors folder bit for bit.
-
-    Raises:
-        VerificationError: When one is missing, left over, or not the merged weight.
-    """
-    dtype = getattr(mx, read_json(folder / "config.json")["torch_dtype"])
-    # Nothing is read before it is compared.
-    found: dict[str, mx.array] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        found.update(mx.load(str(file)))  # type: ignore[arg-type]
-    names = set(found)
-    if names != set(weights):
-        raise VerificationError(f"{folder} lacks or adds tensors: {sorted(names ^ set(weights))}")
-    for name in weights:
-        tensor = found.pop(name)
-        if tensor.dtype != dtype or not mx.array_equal(tensor, weights[name].astype(dtype)).item():
-            raise VerificationError(f"{name} in {folder} does not hold the merged weights")
 
 
 def check_gguf_tensors(file: Path, weights: Weights, base_dir: Path, quant: str) -> int:
