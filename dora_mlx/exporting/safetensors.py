@@ -12,7 +12,6 @@ from dora_mlx.exporting.merge import Weights
 from dora_mlx.exporting.rope import read_rope
 from dora_mlx.exporting.stored import Spec, Stored
 from dora_mlx.exporting.writer import ExportSource
-from dora_mlx.model_config import read_json
 
 DTYPES = {"bf16": mx.bfloat16, "f16": mx.float16}
 _CONFIG_NAMES = {"bf16": "bfloat16", "f16": "float16"}
@@ -134,7 +133,7 @@ class SafetensorsWriter(FolderWriter):
 
     def config(self, source: ExportSource, quant: str) -> dict[str, Any]:
         """The folder's ``config.json``, or a ``UserError``."""
-        config = plain_config(read_json(source.base_dir / "config.json"), _CONFIG_NAMES[quant])
+        config = plain_config(source.base.config, _CONFIG_NAMES[quant])
         # Transformers and mlx-lm take different defaults where the base model's is silent.
         config["tie_word_embeddings"] = "lm_head.weight" not in source.weights
         return config
