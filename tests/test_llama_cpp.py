@@ -157,7 +157,7 @@ def test_llama_cpp_tokenizes_the_same(tmp_path, name):
     model = make_base(tmp_path / "base", tokenizer=folder)
     write_gguf(MergedWeights(model), tmp_path / "base", tmp_path / "m.gguf")
     texts = [*PROBES, *nasty_texts(500, seed=2), "<|im_start|>user\nhi 12<|im_end|>\n", ""]
-    _, tokens = run_llama_cpp(tmp_path / "m.gguf", some_tokens(1, 8), texts)
+    [(_, tokens)] = run_llama_cpp([tmp_path / "m.gguf"], some_tokens(1, 8), texts)
     assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == name
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     wrong = [
@@ -199,11 +199,11 @@ def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):
     change_json(make / "tokenizer_config.json", add_bos_token=None)
     write_gguf(MergedWeights(model), make, tmp_path / "m.gguf")
     assert verify_gguf(tmp_path / "m.gguf", model, make, "f16", some_tokens()).logits
-    _, tokens = run_llama_cpp(tmp_path / "m.gguf", some_tokens(1, 8), ["hi"])
+    [(_, tokens)] = run_llama_cpp([tmp_path / "m.gguf"], some_tokens(1, 8), ["hi"])
     assert tokens["with_special"][0] == [1, *tokens["plain"][0]]
 
 
 def test_a_file_that_llama_cpp_refuses_is_reported_with_its_reason(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(VerificationError, match=r"cannot use .*m\.gguf"):
-        run_llama_cpp(tmp_path / "m.gguf", some_tokens(1, 8), [])
+        run_llama_cpp([tmp_path / "m.gguf"], some_tokens(1, 8), [])

@@ -64,7 +64,7 @@ class GgufWriter:
         count = check_gguf_tensors(written, source.weights, source.base_dir, quant)
         precision = gguf_precision(quant)
         if llama_cpp_is_installed():
-            logits, texts = run_llama_cpp(written, tokens, PROBES)
+            [(logits, texts)] = run_llama_cpp([written], tokens, PROBES)
             check_gguf_tokens(texts, source.base_dir, written)
             return Reading("llama.cpp", count, logits, precision)
         plan = plan_file(source.base_dir, source.weights, quant)

@@ -88,7 +88,7 @@ def verify_gguf(
     if not llama_cpp_is_installed():
         return GgufReport(count, None)
     reference, computed_in = logits_of(model, token_ids)
-    logits, tokens = run_llama_cpp(file, token_ids, PROBES)
+    [(logits, tokens)] = run_llama_cpp([file], token_ids, PROBES)
     report = compare_logits(reference, logits)
     precision = gguf_precision(quant)
     # Weights of fewer bits change the logits by what no limit can tell from a mistake.
@@ -109,27 +109,39 @@ def llama_cpp_is_installed() -> bool:
 
 
 def run_llama_cpp(
-    file: Path, token_ids: mx.array, texts: Sequence[str]
-) -> tuple[NDArray[np.float32], dict[str, list[list[int]]]]:
-    """Logits ``[B, L, vocab]`` and token ids of ``texts`` from llama.cpp, in a child process.
+    files: Sequence[Path], token_ids: mx.array, texts: Sequence[str]
+) -> list[tuple[NDArray[np.float32], dict[str, list[list[int]]]]]:
+    """What llama.cpp makes of each file, in one child process.
+
+    Returns:
+        For each file its logits ``[B, L, vocab]``, and the token ids of ``texts`` without and
+        with what encoding adds: ``plain`` and ``with_special``.
 
     Raises:
-        VerificationError: When llama.cpp does not load the file, with what it said.
+        VerificationError: When llama.cpp does not load a file, with what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.run(
-            [sys.executable, "-m", "dora_mlx.exporting.llama_cpp_check", str(file), folder],
+            [sys.executable, "-m", "dora_mlx.exporting.llama_cpp_check", folder, *map(str, files)],
             input=json.dumps({"token_ids": token_ids.tolist(), "texts": list(texts)}),
             capture_output=True,
             encoding="utf-8",
             errors="replace",
             env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": _python_path()},
         )
-        if child.returncode != 0:
+        done = len(list(Path(folder).glob("tokens*.json")))
+        if child.returncode != 0 or done < len(files):
             said = child.stderr[-2000:]
-            raise VerificationError(f"llama.cpp cannot use {file} ({child.returncode}):\n{said}")
-        tokens = json.loads((Path(folder) / "tokens.json").read_text())
-        return np.load(Path(folder) / "logits.npy"), tokens
+            raise VerificationError(
+                f"llama.cpp cannot use {files[done]} ({child.returncode}):\n{said}"
+            )
+        return [
+            (
+                np.load(Path(folder) / f"logits{index}.npy"),
+                json.loads((Path(folder) / f"tokens{index}.json").read_text()),
+            )
+            for index in range(len(files))
+        ]
 
 
 def _check(report: LogitReport, dtypes: list[mx.Dtype], place: Path) -> None:
