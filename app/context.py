@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from app.run_watch import RunWatch
 from app.trainings import Trainings
 from app.workers import Worker
 
@@ -16,7 +17,9 @@ class Context:
     Attributes:
         runs_dir: The runs; the app's own things are in its folder ``.app``.
         exports_dir: What was exported, and what may be downloaded.
+        is_local: Whether the page can only be open on this machine.
         trainings: Starts trainings and finds the one that is under way.
+        watch: What there is to see of each run.
         data: Worker for data files and memory plans.
         chat: Worker that holds the model one talks to.
         export: Worker that merges and writes models.
@@ -24,7 +27,9 @@ class Context:
 
     runs_dir: Path
     exports_dir: Path
+    is_local: bool
     trainings: Trainings
+    watch: RunWatch
     data: Worker = field(default_factory=lambda: Worker("data"))
     chat: Worker = field(default_factory=lambda: Worker("chat"))
     export: Worker = field(default_factory=lambda: Worker("export"))

@@ -25,7 +25,7 @@ def build_page(context: Context) -> gr.Blocks:
         page = Page(blocks, gr.Timer(_TICK_SECONDS), gr.State({}), gr.State(None))
         status = gr.HTML(_bar(context), elem_id="bar")
         shown = gr.State("")
-        with gr.Tabs(elem_id="tabs", overflow_behavior="scroll"):
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             for label, name, build in _TABS:
                 with gr.Tab(label, id=name, elem_id=f"tab-{name}"):
                     build(context, page)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from app.guard import UPLOAD_LIMIT, Guard, Login
+from app.guard import UPLOAD_LIMIT, Guard, Login, is_loopback
 
 
 def build_server(
@@ -26,12 +26,14 @@ def build_server(
     from app.context import Context
     from app.files import add_downloads
     from app.layout import build_page
+    from app.run_watch import RunWatch
     from app.theme import head, theme
     from app.trainings import Trainings
 
     server = FastAPI(openapi_url=None)
     add_downloads(server, exports_dir)
-    context = Context(runs_dir, exports_dir, Trainings(runs_dir))
+    trainings = Trainings(runs_dir)
+    context = Context(runs_dir, exports_dir, is_loopback(host), trainings, RunWatch(trainings))
     page = build_page(context)
     gr.mount_gradio_app(
         server,

@@ -149,8 +149,8 @@ def head() -> str:
     Gradio rewrites style sheets that it is given as such, and loses rules for narrow pages.
     """
     style = (_ASSETS / "style.css").read_text(encoding="utf-8")
-    script = (_ASSETS / "page.js").read_text(encoding="utf-8")
+    scripts = [(_ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "chart.js")]
     return (
         '<meta name="color-scheme" content="light dark">'
-        f"<style>{style}</style><script>{script}</script>"
+        f"<style>{style}</style><script>{''.join(scripts)}</script>"
     )

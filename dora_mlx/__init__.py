@@ -41,6 +41,8 @@ _EXPORTS = {
     "list_runs": "dora_mlx.training.history",
     "load_run": "dora_mlx.adapters.trained",
     "lock_holder": "dora_mlx.run_folder",
+    "new_run": "dora_mlx.run_folder",
+    "plain_type": "dora_mlx.config",
     "plan_memory": "dora_mlx.training.memory_plan",
     "read_events": "dora_mlx.training.events",
     "read_export_report": "dora_mlx.exporting.report",

@@ -4,11 +4,14 @@
   const THEME = "dora-theme";
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
-  function applyTheme() {
+  function wantsDark() {
     const chosen = localStorage.getItem(THEME);
-    const wanted = chosen ? chosen === "dark" : dark.matches;
-    document.body.classList.toggle("dark", wanted);
-    document.documentElement.style.colorScheme = wanted ? "dark" : "light";
+    return chosen ? chosen === "dark" : dark.matches;
+  }
+
+  function applyTheme() {
+    document.body.classList.toggle("dark", wantsDark());
+    document.documentElement.style.colorScheme = wantsDark() ? "dark" : "light";
   }
 
   function toggleTheme() {
@@ -31,13 +34,17 @@
 
   // The tab is in the address, so a reload comes back to it.
   const tabs = () => [...document.querySelectorAll('#tabs [role="tab"]')];
-  const slug = (tab) => tab.textContent.trim().toLowerCase().replaceAll(" ", "-");
 
+  function openTab(name) {
+    const tab = tabs().find((t) => t.dataset.tabId === name);
+    if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+    return tab;
+  }
+
+  // A click before Gradio listens is lost, so this is tried until it has worked.
   function openTabOfAddress() {
     const wanted = location.hash.slice(1);
-    const tab = tabs().find((t) => slug(t) === wanted);
-    if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
-    return Boolean(tab) || (!wanted && tabs().length > 0);
+    return !wanted || openTab(wanted)?.getAttribute("aria-selected") === "true";
   }
 
   function whenReady(check) {
@@ -63,20 +70,17 @@
     const button = event.target.closest("button.copy");
     if (button) return void copy(button);
     const tab = event.target.closest('#tabs [role="tab"]');
-    if (tab) history.replaceState(null, "", `#${slug(tab)}`);
-    const link = event.target.closest("[data-tab]");
-    if (link) tabs().find((t) => slug(t) === link.dataset.tab)?.click();
+    if (tab) history.replaceState(null, "", `#${tab.dataset.tabId}`);
+    const link = event.target.closest("[data-open-tab]");
+    if (link) openTab(link.dataset.openTab);
   });
   document.addEventListener("keydown", moveBetweenTabs);
   dark.addEventListener("change", applyTheme);
-  document.addEventListener("DOMContentLoaded", () => {
-    applyTheme();
-    whenReady(openTabOfAddress);
-    // Gradio sets its own class for the theme when it mounts.
-    new MutationObserver(() => {
-      const chosen = localStorage.getItem(THEME);
-      const wanted = chosen ? chosen === "dark" : dark.matches;
-      if (document.body.classList.contains("dark") !== wanted) applyTheme();
-    }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-  });
+  // Gradio brings this script in when the page is there already.
+  applyTheme();
+  whenReady(openTabOfAddress);
+  // It also sets its own class for the theme when it mounts.
+  new MutationObserver(() => {
+    if (document.body.classList.contains("dark") !== wantsDark()) applyTheme();
+  }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
 })();

@@ -1,7 +1,11 @@
 """The small pieces of HTML that every tab uses. Every text is escaped here and nowhere else."""
 
 import html
+import shlex
 from collections.abc import Iterable
+
+# Where a figure is not known yet.
+NOTHING = "\N{EN DASH}"
 
 # Kinds of pills and notes; each has its colours in style.css.
 KINDS = ("plain", "info", "good", "warn", "bad")
@@ -72,3 +76,13 @@ def code(text: str, label: str) -> str:
         f'<div class="code"><button type="button" class="copy" aria-label="Copy {escape(label)}">'
         f'Copy</button><pre tabindex="0" aria-label="{escape(label)}">{escape(text)}</pre></div>'
     )
+
+
+def shell(words: Iterable[str]) -> str:
+    """A command to paste into a terminal, one option a line."""
+    lines = [""]
+    for word in words:
+        if word.startswith("--"):
+            lines.append("")
+        lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n  ".join(line.strip() for line in lines)

@@ -1,5 +1,6 @@
 """The runs there are: a summary of each from its files, renaming and deleting."""
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def summarize_run(folder: RunFolder) -> RunSummary | None:
         has_adapter = (folder.path / "adapters.safetensors").is_file()
     except (UserError, OSError, KeyError, TypeError):
         return None
-    facts = _facts(folder.path / EVENTS_FILE)
+    facts = _facts_now(folder.path / EVENTS_FILE)
     return RunSummary(
         folder=folder,
         status=run_status(folder, facts.end),
@@ -138,8 +139,21 @@ class _Facts:
     end: Event | None
 
 
-def _facts(path: Path) -> _Facts:
-    """Facts about a run; of thousands of steps only those that matter are decoded."""
+def _facts_now(path: Path) -> _Facts:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return _Facts(0, None, [], None)
+    return _facts(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+# Lists are asked for again and again, and of a hundred runs at most one has changed.
+@functools.lru_cache(maxsize=1024)
+def _facts(path: Path, inode: int, size: int, changed: int) -> _Facts:
+    """Facts about a run whose file is as the other values say.
+
+    Of thousands of steps only those that matter are decoded.
+    """
     facts = _Facts(0, None, [], None)
     validations: list[tuple[int, float]] = []
     for event in _milestones(path):
