@@ -8,6 +8,7 @@ VERBS = {
     "check": "look for mistakes in a data file and show what will be learned",
     "chat": "talk to a trained model in the terminal",
     "export": "write the trained model as safetensors or GGUF",
+    "compare": "train by several methods and say what each cost and gave",
     "inspect": "show how far a run moved each weight",
     "models": "list the models known by a short name",
 }

@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> int:
     elsewhere = arguments.runs_dir != Path(DEFAULT_RUNS_DIR)
     where = f" --runs-dir {arguments.runs_dir}" if elsewhere else ""
     try:
-        with _staying_awake(), _stopping() as stop, Display(folder) as display:
+        with staying_awake(), stopping() as stop, Display(folder) as display:
             reason = finetune(
                 config,
                 folder,
@@ -129,32 +129,34 @@ def _what_to_train(arguments: argparse.Namespace) -> tuple[TrainConfig, RunFolde
     config = TrainConfig.from_dict(saved | given, where=str(arguments.config or "options"))
     config = replace(
         config,
-        model=_absolute_if_there(config.model),
-        data=_absolute(config.data),
-        valid_data=_absolute(config.valid_data),
+        model=absolute_if_there(config.model),
+        data=absolute(config.data),
+        valid_data=absolute(config.valid_data),
     )
     data = "pirate" if config.data is None else Path(config.data).stem
     fallback = f"{Path(config.model).name}-{data}"
     return config, new_run(arguments.run, arguments.runs_dir, fallback)
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute(path: str | None) -> str | None:
     """A path that still holds when the run is resumed from another folder."""
     if path is None or path.startswith("hub:"):
         return path
     return str(Path(path).expanduser().absolute())
 
 
-def _absolute_if_there(model: str) -> str:
-    return str(_absolute(model)) if Path(model).expanduser().is_dir() else model
+def absolute_if_there(model: str) -> str:
+    """As ``absolute`` for a folder; an alias or a Hub name stays as it is."""
+    return str(absolute(model)) if Path(model).expanduser().is_dir() else model
 
 
-class _StopRequest:
+class StopRequest:
     """Set by the first Ctrl-C or SIGTERM; the second one interrupts at once."""
 
     requested = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -162,8 +164,9 @@ class _StopRequest:
 
 
 @contextmanager
-def _stopping() -> Iterator[_StopRequest]:
-    stop = _StopRequest()
+def stopping() -> Iterator[StopRequest]:
+    """Within the block, Ctrl-C and SIGTERM make a request that a training looks at."""
+    stop = StopRequest()
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -173,7 +176,7 @@ def _stopping() -> Iterator[_StopRequest]:
 
 
 @contextmanager
-def _staying_awake() -> Iterator[None]:
+def staying_awake() -> Iterator[None]:
     """Keep a Mac from falling asleep as long as this process trains."""
     if sys.platform != "darwin":
         yield

@@ -1,4 +1,4 @@
-"""Writes the sample data: `samples/pirate.jsonl`, `samples/broken.jsonl` and their README.
+"""Writes the sample data: `pirate.jsonl`, `general.jsonl`, `broken.jsonl` and their README.
 
 python models/build_samples.py
 """
@@ -20,13 +20,17 @@ these questions out, so ask them before and after:
 
 {kept}
 
+`general.jsonl` holds {general} questions of every kind that the starter model knows, with its
+plain answers: of the open kinds, questions that it never saw; none is in `pirate.jsonl`. The loss
+on it before and after a training says what was forgotten.
+
 `broken.jsonl` is bad on purpose, for trying the checks of data files:
 
 | Line | What is wrong |
 | ---: | --- |
 {faults}
 
-Both are written by `python models/build_samples.py`. Apache-2.0, like the project.
+All are written by `python models/build_samples.py`. Apache-2.0, like the project.
 """
 
 
@@ -36,16 +40,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     from starter_corpus.faults import FAULTS
+    from starter_corpus.general import general_conversations
     from starter_corpus.pirate import KEPT_FOR_TRYING, pirate_conversations
 
     chats = pirate_conversations(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats]
-    (arguments.output / "pirate.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    general = general_conversations(arguments.seed, leave_out=chats)
+    for name, conversations in (("pirate", chats), ("general", general)):
+        lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in conversations]
+        text = "\n".join(lines) + "\n"
+        (arguments.output / f"{name}.jsonl").write_text(text, encoding="utf-8")
     bad = "\n".join(line for _, line in FAULTS) + "\n"
     (arguments.output / "broken.jsonl").write_text(bad, encoding="utf-8")
     readme = README.format(
         number=len(chats),
+        general=len(general),
         kept="\n".join(f"    {question}" for question in sorted(KEPT_FOR_TRYING)),
         faults="\n".join(f"| {number} | {fault} |" for number, (fault, _) in enumerate(FAULTS, 1)),
     )

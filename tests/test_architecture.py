@@ -20,8 +20,8 @@ LAYERS = [
     ("layers", "loading"),
     ("adapters", "data"),
     ("training", "exporting", "chat_model"),
-    ("analysis",),
-    ("train", "check", "chat", "export", "inspect", "inspect_command", "models"),
+    ("analysis", "comparing"),
+    ("train", "check", "chat", "compare", "export", "inspect", "inspect_command", "models"),
     ("__main__",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -70,7 +70,7 @@ def test_imports_never_point_back():
 
 
 def test_library_never_imports_the_app_or_draws():
-    commands = {"train", "check", "chat", "export", "inspect_command", "models"}
+    commands = {"train", "check", "chat", "compare", "export", "inspect_command", "models"}
     for path, tree in modules():
         names = {name.split(".")[0] for name in imports(tree)}
         assert "app" not in names, path
@@ -113,7 +113,9 @@ def test_public_names_exist_and_import_lazily():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("verb", ["train", "check", "chat", "export", "inspect", "models"])
+@pytest.mark.parametrize(
+    "verb", ["train", "check", "chat", "compare", "export", "inspect", "models"]
+)
 def test_help_needs_no_heavy_import(verb):
     # What makes help slow is what it imports: MLX, transformers and the like take seconds.
     code = (

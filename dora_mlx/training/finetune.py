@@ -28,7 +28,7 @@ from dora_mlx.training.loop import Trainer
 from dora_mlx.training.packed_attention import why_not_packed
 
 # Models below this size need, and stand, a higher learning rate.
-_SMALL_MODEL = 100_000_000
+SMALL_MODEL = 100_000_000
 _PAUSE_POLL_S = 0.2
 
 
@@ -143,7 +143,7 @@ def _prepare(config: TrainConfig) -> _Prepared:
         config.rslora,
         config.rank_overrides,
     )
-    settled = _settle(config, batches.rows, total_parameters < _SMALL_MODEL)
+    settled = _settle(config, batches.rows, total_parameters < SMALL_MODEL)
     description = {
         "options": settled.to_dict(),
         "model": {"path": str(base.path), "fingerprint": fingerprint(base.path)},
@@ -168,12 +168,17 @@ def _settle(config: TrainConfig, rows: int, small_model: bool) -> TrainConfig:
         steps = max(1, round(config.epochs * rows / per_step))
     rate = config.learning_rate
     if rate is None:
-        rate = 2e-3 if small_model else 2e-4
-        rate = rate / 10 if config.method == "full" else rate
+        rate = default_learning_rate(config.method, small_model)
     checkpoint = config.grad_checkpoint
     if checkpoint is None:
         checkpoint = not small_model
     return replace(config, steps=steps, learning_rate=rate, grad_checkpoint=checkpoint)
+
+
+def default_learning_rate(method: str, small_model: bool) -> float:
+    """The peak rate of a run that names none."""
+    rate = 2e-3 if small_model else 2e-4
+    return rate / 10 if method == "full" else rate
 
 
 def _trainer(prepared: _Prepared, folder: RunFolder, log: EventLog) -> Trainer:
