@@ -35,7 +35,7 @@ class ExportFormat:
         quants: What ``--quant`` takes, the default first.
         keeps: The quant that keeps a training whatever its size, advised when another does not.
         suffix: Ending of the file it writes; empty for a folder.
-        module: Where its ``WRITER`` is.
+        writer_at: Module and name of its code.
     """
 
     name: str
@@ -44,12 +44,13 @@ class ExportFormat:
     quants: tuple[Quant, ...]
     keeps: str
     suffix: str
-    module: str
+    writer_at: str
 
     @property
     def writer(self) -> "Writer":
         """The code of the format; imports MLX."""
-        writer: Writer = import_module(self.module).WRITER
+        module, _, name = self.writer_at.partition(":")
+        writer: Writer = getattr(import_module(module), name)
         return writer
 
     def quant(self, name: str | None) -> Quant:
@@ -107,6 +108,8 @@ _GGUF_QUANTS = (
     ),
 )
 
+_AS_TRAINED = Quant("f32", "The adapter as it was trained.")
+
 # Of the mlx format: quantized as the base model is, and not at all.
 BASE_QUANT = "base"
 DENSE_QUANT = "none"
@@ -140,7 +143,7 @@ EXPORT_FORMATS = (
         tuple(_mlx_quants()),
         keeps=DENSE_QUANT,
         suffix="",
-        module="dora_mlx.exporting.mlx_folder",
+        writer_at="dora_mlx.exporting.mlx_folder:WRITER",
     ),
     ExportFormat(
         "safetensors",
@@ -149,7 +152,7 @@ EXPORT_FORMATS = (
         (_BF16, _F16),
         keeps="bf16",
         suffix="",
-        module="dora_mlx.exporting.safetensors",
+        writer_at="dora_mlx.exporting.safetensors:WRITER",
     ),
     ExportFormat(
         "gguf",
@@ -158,7 +161,25 @@ EXPORT_FORMATS = (
         _GGUF_QUANTS,
         keeps="bf16",
         suffix=".gguf",
-        module="dora_mlx.exporting.gguf_file",
+        writer_at="dora_mlx.exporting.gguf_file:WRITER",
+    ),
+    ExportFormat(
+        ADAPTER_FORMAT,
+        "the adapter alone, for mlx-lm with the same base model: nothing is rounded",
+        "mlx-lm",
+        (_AS_TRAINED,),
+        keeps=_AS_TRAINED.name,
+        suffix="",
+        writer_at="dora_mlx.exporting.adapter_only:MLX_ADAPTER",
+    ),
+    ExportFormat(
+        "peft",
+        "the adapter alone, for PEFT with the base model in Transformers",
+        "PEFT",
+        (_AS_TRAINED,),
+        keeps=_AS_TRAINED.name,
+        suffix="",
+        writer_at="dora_mlx.exporting.adapter_only:PEFT",
     ),
 )
 

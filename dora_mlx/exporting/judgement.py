@@ -94,7 +94,7 @@ def _sentences(
     if kept >= GOOD_PART:
         yield f"The training is in the export: {part}."
     else:
-        yield f"Rounding to {quant.name} has undone much of the training: only {part}."
+        yield f"Rounding (--quant {quant.name}) has undone much of the training: only {part}."
     yield (
         "At "
         f"{difference.top1_agreement:.1%} of the positions it chooses the same next token as the "

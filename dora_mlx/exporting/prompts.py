@@ -62,8 +62,9 @@ def prompts_of_run(saved: dict[str, Any], tokenizer: Any, vocabulary: int) -> Pr
     source = source_of(config.data or saved["data"]["files"][0])
     try:
         data = prepare(config, source, tokenizer)
-    except UserError as error:
-        return fallback_prompts(tokenizer, f"the run's data cannot be read ({error})")
+    except UserError:
+        # Not with its reason: a report may be published, and that names files and lines.
+        return fallback_prompts(tokenizer, "the run's data is gone or cannot be read")
     changed = data.fingerprint != saved["data"]["fingerprint"]
     note = ", whose content has changed since the training" if changed else ""
     for examples, kind in ((data.valid.examples, "validation"), (data.train.examples, "training")):

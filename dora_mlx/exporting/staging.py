@@ -17,6 +17,9 @@ from dora_mlx.errors import UserError
 # Called with bytes done and bytes in total.
 Progress = Callable[[int, int], None]
 
+# One of these is in every folder that may be replaced.
+_OURS = ("config.json", "export_report.json")
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _BAD_PATH = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR)
@@ -42,8 +45,8 @@ def staged_file(target: Path, needed: int, overwrite: bool = False) -> Iterator[
 def staged_folder(target: Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes ``target`` when the block ends well.
 
-    Like ``staged_file``. With ``overwrite`` only a model folder (it has a ``config.json``) or an
-    empty folder is replaced: it is renamed away, and removed once the new one is in its place.
+    Like ``staged_file``. With ``overwrite`` only a folder with a model or another export, or an
+    empty folder, is replaced: it is renamed away, and removed once the new one is in its place.
     """
     with _staged(target, needed, overwrite, folder=True) as partial:
         yield partial
@@ -110,7 +113,7 @@ def check_target(target: Path, overwrite: bool, folder: bool) -> None:
     if folder != target.is_dir():
         kind = "file" if folder else "folder"
         raise UserError(f"{target} is a {kind} and will not be replaced. Choose another name.")
-    if folder and any(target.iterdir()) and not (target / "config.json").exists():
+    if folder and any(target.iterdir()) and not any((target / n).exists() for n in _OURS):
         raise UserError(
             f"{target} holds something other than a model and will not be replaced. "
             "Choose another name."
