@@ -7,6 +7,7 @@ VERBS = {
     "train": "fine-tune a model on a chat file",
     "check": "look for mistakes in a data file and show what will be learned",
     "chat": "talk to a trained model in the terminal",
+    "serve": "serve trained models to other programs on this machine",
     "export": "write the trained model as safetensors or GGUF",
     "compare": "train by several methods and say what each cost and gave",
     "inspect": "show how far a run moved each weight",

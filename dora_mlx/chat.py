@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from dora_mlx.command_line import (
     INTERRUPTED,
+    add_adapter_flags,
     add_option_flags,
-    add_runs_dir_flag,
     given_options,
     parser_for,
     run_command,
 )
 from dora_mlx.errors import UserError
-from dora_mlx.run_folder import RunFolder, find_run
+from dora_mlx.run_folder import find_run
 from dora_mlx.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -55,27 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = parser_for("chat", DESCRIPTION, EXAMPLES)
-    parser.add_argument(
-        "--run",
-        metavar="NAME",
-        nargs="+",
-        default=[],
-        help="The run to talk to, or several of one base model; the first one answers.",
-    )
-    add_runs_dir_flag(parser)
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="Alias, folder or Hub name of the base model, where no --run says it.",
-    )
-    parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        nargs="+",
-        type=Path,
-        default=[],
-        help="Folder with an adapter of dora-mlx, mlx-lm or PEFT, or several.",
-    )
+    add_adapter_flags(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="Answer this one message and end.")
     parser.add_argument(
         "--compare",
@@ -90,9 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
 def _chat(arguments: argparse.Namespace) -> int:
     sampling = Sampling(**given_options(arguments, Sampling))
     runs = [find_run(name, arguments.runs_dir) for name in arguments.run]
-    session = Session(
-        _load(runs, arguments), sampling, arguments.runs_dir, arguments.system, arguments.compare
-    )
+    from dora_mlx.adapters.swapping import load_swappable
+    from dora_mlx.chat_model import ChatModel
+
+    chat = ChatModel(load_swappable(runs, arguments.model, arguments.adapter))
+    session = Session(chat, sampling, arguments.runs_dir, arguments.system, arguments.compare)
     # What a terminal cannot show, and what it sends that is no text, ends no chat.
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
@@ -104,30 +86,6 @@ def _chat(arguments: argparse.Namespace) -> int:
         print(f"Chat with {session.who}. /help lists what you can do, an empty line ends it.")
     session.run()
     return 0
-
-
-def _load(runs: list[RunFolder], arguments: argparse.Namespace) -> "ChatModel":
-    """The base model with all adapters that were named, the first of them in use."""
-    if arguments.model is None and not runs:
-        raise UserError("Name a run by --run, or a base model by --model, to talk to.")
-    if arguments.model is not None and runs:
-        raise UserError("--run says what the base model is, so --model cannot say it as well.")
-    from dora_mlx.chat_model import ChatModel
-
-    chat = ChatModel.of_run(runs[0]) if runs else ChatModel.load(arguments.model)
-    for run in runs[1:]:
-        chat.add_adapter(run.name, run)
-    for folder in arguments.adapter:
-        chat.add_adapter(name_of(folder, chat.adapters), folder)
-    if chat.active is None and chat.adapters:
-        chat.use(chat.adapters[0])
-    return chat
-
-
-def name_of(folder: Path, taken: tuple[str, ...]) -> str:
-    """What to call the adapter in ``folder``: its last part, or all of it if that is taken."""
-    name = folder.absolute().name
-    return str(folder) if name in taken else name
 
 
 def _prepare_terminal() -> None:
@@ -249,6 +207,8 @@ class Session:
 
     def _load(self, name: str) -> str:
         """Load a run or an adapter's folder; returns what it is called from then on."""
+        from dora_mlx.adapters.swapping import name_of
+
         if Path(name).is_dir():
             folder, name = Path(name), name_of(Path(name), self._chat.adapters)
             self._chat.add_adapter(name, folder)

@@ -12,12 +12,8 @@ from mlx_lm.generate import TextStateMachine
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from dora_mlx.adapters.reading import read_adapter
 from dora_mlx.adapters.swapping import SwappableModel
-from dora_mlx.adapters.trained import adapter_of, load_base_of
 from dora_mlx.errors import UserError
-from dora_mlx.loading import LoadedModel, load_base
-from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.sampling import Sampling
 
@@ -39,12 +35,12 @@ class ChatModel:
     nothing waits. Any thread may ask.
 
     Args:
-        base: The base model, freshly loaded; it belongs to this object from now on.
+        adapters: A base model with its adapters; both belong to this object from now on.
     """
 
-    def __init__(self, base: LoadedModel):
-        self.base = base
-        self._swapping = SwappableModel(base.model)
+    def __init__(self, adapters: SwappableModel):
+        self.base = adapters.base
+        self._swapping = adapters
         self._prompts = LRUPromptCache(_KEPT_PROMPTS, _KEPT_BYTES)
         # What prompts are kept under: an adapter that is replaced must not find those of the old.
         self._versions: dict[str | None, int] = {}
@@ -57,7 +53,7 @@ class ChatModel:
         Raises:
             UserError: If there is no such model, or it cannot be loaded.
         """
-        return cls(load_base(resolve(model)))
+        return cls(SwappableModel.load(model))
 
     @classmethod
     def of_run(cls, folder: RunFolder, checkpoint: str | None = None) -> "ChatModel":
@@ -66,11 +62,7 @@ class ChatModel:
         Raises:
             UserError: If the run has no such adapter, or its base model is gone or has changed.
         """
-        adapter_of(folder, checkpoint)
-        chat = cls(load_base_of(folder)[0])
-        chat.add_adapter(folder.name, folder, checkpoint)
-        chat.use(folder.name)
-        return chat
+        return cls(SwappableModel.of_run(folder, checkpoint))
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -98,10 +90,8 @@ class ChatModel:
         """
         if not name:
             raise UserError("An adapter needs a name.")
-        folder = adapter_of(source, checkpoint) if isinstance(source, RunFolder) else source
-        stored = read_adapter(folder, self.base)
         with self._alone():
-            self._swapping.add(name, stored)
+            self._swapping.add(name, self._swapping.read(source, checkpoint))
             self._versions[name] = self._versions.get(name, 0) + 1
 
     def remove_adapter(self, name: str) -> None:

@@ -70,6 +70,31 @@ def add_runs_dir_flag(group: "argparse._ActionsContainer") -> None:
     )
 
 
+def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    """What names a base model and adapters on it, for commands that take several."""
+    parser.add_argument(
+        "--run",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="A run, or several of one base model; the first one answers.",
+    )
+    add_runs_dir_flag(parser)
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="Alias, folder or Hub name of the base model, where no --run says it.",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="Folder with an adapter of dora-mlx, mlx-lm or PEFT, or several.",
+    )
+
+
 def add_option_flags(
     parser: argparse.ArgumentParser,
     only: tuple[str, ...] = (),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dora_mlx.__main__ import VERBS
 from dora_mlx.config import TrainConfig
 
 PACKAGE = Path(__file__).parent.parent / "dora_mlx"
@@ -19,9 +20,9 @@ LAYERS = [
     ("kernels",),
     ("layers", "loading"),
     ("adapters", "data"),
-    ("training", "exporting", "chat_model"),
+    ("training", "exporting", "chat_model", "server"),
     ("analysis", "comparing"),
-    ("train", "check", "chat", "compare", "export", "inspect", "inspect_command", "models"),
+    ("inspect_command", *VERBS),
     ("__main__",),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -70,7 +71,7 @@ def test_imports_never_point_back():
 
 
 def test_library_never_imports_the_app_or_draws():
-    commands = {"train", "check", "chat", "compare", "export", "inspect_command", "models"}
+    commands = VERBS.keys() - {"inspect"} | {"inspect_command"}
     for path, tree in modules():
         names = {name.split(".")[0] for name in imports(tree)}
         assert "app" not in names, path
@@ -113,9 +114,7 @@ def test_public_names_exist_and_import_lazily():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    "verb", ["train", "check", "chat", "compare", "export", "inspect", "models"]
-)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_needs_no_heavy_import(verb):
     # What makes help slow is what it imports: MLX, transformers and the like take seconds.
     code = (

@@ -7,6 +7,7 @@ adapter are computed when it is first used and kept as long as it is there: noth
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
@@ -14,9 +15,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dora_mlx.adapters.attach import adapter_layers, dense_twins
+from dora_mlx.adapters.reading import read_adapter
 from dora_mlx.adapters.stored import StoredAdapter
+from dora_mlx.adapters.trained import adapter_of, load_base_of
 from dora_mlx.errors import UserError
 from dora_mlx.layers.dora import hoisted_norms
+from dora_mlx.loading import LoadedModel, load_base
+from dora_mlx.registry import resolve
+from dora_mlx.run_folder import RunFolder
 
 Modules = list[tuple[str, nn.Module]]
 Arrays = list[tuple[str, mx.array]]
@@ -46,13 +52,36 @@ class SwappableModel:
     """A base model and its adapters by name.
 
     Args:
-        model: The base model, without adapters; it is changed in place by ``use``.
+        base: The base model, freshly loaded; it belongs to this object from now on.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model.eval()
+    def __init__(self, base: LoadedModel):
+        self.base = base
+        self.model: nn.Module = base.model.eval()
         self._adapters: dict[str, _Adapter] = {}
         self._active: str | None = None
+
+    @classmethod
+    def load(cls, model: str) -> "SwappableModel":
+        """The base model of that alias, folder or Hub name, without adapters.
+
+        Raises:
+            UserError: If there is no such model, or it cannot be loaded.
+        """
+        return cls(load_base(resolve(model)))
+
+    @classmethod
+    def of_run(cls, folder: RunFolder, checkpoint: str | None = None) -> "SwappableModel":
+        """The base model of a run with the run's adapter, under the run's name and in use.
+
+        Raises:
+            UserError: If the run has no such adapter, or its base model is gone or has changed.
+        """
+        adapter_of(folder, checkpoint)
+        swappable = cls(load_base_of(folder)[0])
+        swappable.add(folder.name, swappable.read(folder, checkpoint))
+        swappable.use(folder.name)
+        return swappable
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,6 +92,26 @@ class SwappableModel:
     def active(self) -> str | None:
         """Name of the adapter in use; ``None`` is the base model."""
         return self._active
+
+    def read(self, source: RunFolder | Path, checkpoint: str | None = None) -> StoredAdapter:
+        """An adapter for ``add``.
+
+        Args:
+            source: A run, or a folder with an adapter of dora_mlx, mlx-lm or PEFT.
+            checkpoint: Of a run: ``None`` for the best adapter, ``last`` or a step's number for a
+                checkpoint's.
+
+        Raises:
+            UserError: If there is none, or listing everything that does not fit.
+        """
+        folder = adapter_of(source, checkpoint) if isinstance(source, RunFolder) else source
+        active = self._active
+        # What fits is a matter of the base model's layers.
+        self.use(None)
+        try:
+            return read_adapter(folder, self.base)
+        finally:
+            self.use(active)
 
     def add(self, name: str, stored: StoredAdapter) -> None:
         """Keep an adapter that fits the model under ``name``, in place of another one there."""
@@ -99,6 +148,42 @@ class SwappableModel:
         if name is not None:
             self._adapters[name].own.put_into(self.model)
         self._active = name
+
+
+def load_swappable(
+    runs: list[RunFolder], model: str | None, folders: list[Path], checkpoint: str | None = None
+) -> SwappableModel:
+    """A base model with the adapters that a command line names, the first of them in use.
+
+    Args:
+        runs: Runs of one base model; ``checkpoint`` is one of the first.
+        model: The base model, where there are no runs.
+        folders: Folders with adapters.
+        checkpoint: As for ``SwappableModel.read``.
+
+    Raises:
+        UserError: If the base model is named by nothing or twice, or an adapter does not fit.
+    """
+    if model is None and not runs:
+        raise UserError("Name a run by --run, or a base model by --model.")
+    if model is not None and runs:
+        raise UserError("--run says what the base model is, so --model cannot say it as well.")
+    if model is not None:
+        swappable = SwappableModel.load(model)
+    else:
+        swappable = SwappableModel.of_run(runs[0], checkpoint)
+    for run in runs[1:]:
+        swappable.add(run.name, swappable.read(run))
+    for folder in folders:
+        swappable.add(name_of(folder, swappable.names), swappable.read(folder))
+    swappable.use(swappable.names[0] if swappable.names else None)
+    return swappable
+
+
+def name_of(folder: Path, taken: tuple[str, ...]) -> str:
+    """What to call the adapter in ``folder``: its last part, or all of it if that is taken."""
+    name = folder.absolute().name
+    return str(folder) if name in taken else name
 
 
 def _prepared(model: nn.Module, stored: StoredAdapter) -> _Adapter:
