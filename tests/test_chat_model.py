@@ -201,7 +201,7 @@ def test_a_closed_answer_frees_the_model_and_keeps_what_was_read(base_dir, adapt
             call()
     answer.close()
     assert chat.active is None
-    assert reads(chat, HELLO, long, "dora") == 1
+    assert reads(chat, HELLO, long, "dora") <= 2
     assert "".join(chat.stream(HELLO, long, adapter="dora")).startswith(begun)
 
 
@@ -240,7 +240,7 @@ def test_an_adapter_whose_file_is_replaced_answers_as_before(base_dir, adapters,
     assert "".join(chat.stream(HELLO, SHORT)) == before
     # Read again, it is the new one, and nothing that the old one read is used.
     chat.add_adapter("run", tmp_path / "run")
-    assert reads(chat, HELLO, SHORT, "run") > 1
+    assert reads(chat, HELLO, SHORT, "run") > 8
     again = chat_with(base_dir, adapters)
     wanted = "".join(again.stream(HELLO, SHORT, adapter="lora"))
     assert "".join(chat.stream(HELLO, SHORT, adapter="run")) == wanted
