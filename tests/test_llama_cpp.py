@@ -5,6 +5,7 @@ import random
 import pytest
 from exporting_models import (
     LLAMA3_SCALING,
+    ROWS,
     STARTER,
     adapt,
     change_json,
@@ -16,11 +17,10 @@ from gguf import GGUFReader
 from mlx_lm.utils import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from dora_mlx.exporting.gguf import vocabulary, write_gguf
-from dora_mlx.exporting.gguf.pretokenizer import _LLAMA3
+from dora_mlx.exporting.gguf import pretokenizer, vocabulary, write_gguf
+from dora_mlx.exporting.gguf.tokenization import PROBES, check_gguf_tokens, probes_for
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.verify import (
-    PROBES,
     VerificationError,
     llama_cpp_is_installed,
     run_llama_cpp,
@@ -143,12 +143,27 @@ def sequence(*steps):
 
 
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False}
+
+
+def split(regex, behavior="Isolated", invert=False):
+    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
+    return sequence(step, byte_level(False))
+
+
 SPLITTERS = {
     "gpt-2": (byte_level(True), False),
     "smollm": (sequence(DIGITS, byte_level(True)), False),
-    "llama-bpe": (sequence(SPLIT, byte_level(False)), True),
+    "llama-bpe": (split(pretokenizer._LLAMA3), True),
+    "dbrx": (split(pretokenizer._LLAMA3, "Removed", True), False),
+    "qwen2": (split(pretokenizer._QWEN2), False),
+    "qwen35": (split(pretokenizer._QWEN35), False),
+    "tekken": (split(pretokenizer._TEKKEN), True),
+    "gpt-4o": (split(pretokenizer._GPT4O), False),
 }
+
+
+# Those whose difference shows in any vocabulary.
+APART = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 
 @pytest.mark.parametrize("name", SPLITTERS)
@@ -157,6 +172,7 @@ def test_llama_cpp_tokenizes_the_same(tmp_path, name):
     model = make_base(tmp_path / "base", tokenizer=folder)
     write_gguf(MergedWeights(model), tmp_path / "base", tmp_path / "m.gguf")
     texts = [*PROBES, *nasty_texts(500, seed=2), "<|im_start|>user\nhi 12<|im_end|>\n", ""]
+    texts = probes_for(vocabulary.read_vocabulary(folder, ROWS), texts)
     [(_, tokens)] = run_llama_cpp([tmp_path / "m.gguf"], some_tokens(1, 8), texts)
     assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == name
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -168,16 +184,19 @@ def test_llama_cpp_tokenizes_the_same(tmp_path, name):
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", SPLITTERS)
-def test_verification_notices_a_wrong_pretokenizer(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", APART)
+def test_verification_notices_a_wrong_pretokenizer(tmp_path, name):
     folder = crossing_tokenizer(tmp_path / "tokenizer", *SPLITTERS[name])
     model = make_base(tmp_path / "base", tokenizer=folder)
-    for other in {*SPLITTERS, "qwen2"} - {name}:
-        monkeypatch.setattr(vocabulary, "find_pretokenizer", lambda *a, other=other: other)
-        file = tmp_path / f"{other}.gguf"
-        write_gguf(MergedWeights(model), tmp_path / "base", file)
+    files = []
+    for other in [name, *(other for other in APART if other != name)]:
+        files.append(tmp_path / f"{other}.gguf")
+        write_gguf(MergedWeights(model), tmp_path / "base", files[-1], pre=other)
+    right, *wrong = run_llama_cpp(files, some_tokens(1, 8), PROBES)
+    check_gguf_tokens(right[1], PROBES, folder, files[0])
+    for (_, tokens), file in zip(wrong, files[1:], strict=True):
         with pytest.raises(VerificationError, match=r"llama.cpp tokenizes"):
-            verify_gguf(file, model, tmp_path / "base", "f16", some_tokens())
+            check_gguf_tokens(tokens, PROBES, folder, file)
 
 
 def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):

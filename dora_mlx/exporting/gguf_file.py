@@ -6,14 +6,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from dora_mlx.exporting.gguf.read import read_tensors
+from dora_mlx.exporting.gguf.tokenization import check_gguf_tokens, probes_for
+from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
 from dora_mlx.exporting.gguf.write import check_gguf_base, gguf_size, plan_file, write_gguf
 from dora_mlx.exporting.logits import coarser
 from dora_mlx.exporting.reload import logits_of_weights
 from dora_mlx.exporting.staging import Progress
 from dora_mlx.exporting.verify import (
-    PROBES,
     check_gguf_tensors,
-    check_gguf_tokens,
     gguf_precision,
     llama_cpp_is_installed,
     run_llama_cpp,
@@ -31,12 +31,12 @@ class GgufWriter:
 
     def refuse(self, source: ExportSource, quant: str) -> None:
         """Refuse a model that has no GGUF form, from its files and its tensors' names."""
-        check_gguf_base(source.base_dir, quant)
+        check_gguf_base(source.base_dir, quant, source.pre)
         plan_file(source.base_dir, source.weights, quant)
 
     def size(self, source: ExportSource, quant: str) -> int:
         """Bytes of the file."""
-        return gguf_size(source.weights, source.base_dir, quant)
+        return gguf_size(source.weights, source.base_dir, quant, source.pre)
 
     def write(
         self,
@@ -56,6 +56,7 @@ class GgufWriter:
             quant,
             progress,
             overwrite=overwrite,
+            pre=source.pre,
             check=check,
         )
 
@@ -63,11 +64,13 @@ class GgufWriter:
         """Compare every tensor, and run the file in llama.cpp where it is installed."""
         count = check_gguf_tensors(written, source.weights, source.base_dir, quant)
         precision = gguf_precision(quant)
-        if llama_cpp_is_installed():
-            [(logits, texts)] = run_llama_cpp([written], tokens, PROBES)
-            check_gguf_tokens(texts, source.base_dir, written)
-            return Reading("llama.cpp", count, logits, precision)
         plan = plan_file(source.base_dir, source.weights, quant)
+        if llama_cpp_is_installed():
+            vocabulary = read_vocabulary(source.base_dir, plan.rows(), source.pre)
+            texts = probes_for(vocabulary)
+            [(logits, cut)] = run_llama_cpp([written], tokens, texts)
+            check_gguf_tokens(cut, texts, source.base_dir, written)
+            return Reading("llama.cpp", count, logits, precision)
         logits, computed_in = logits_of_weights(source.base, read_tensors(written, plan), tokens)
         if precision is not None:
             precision = coarser(precision, computed_in)

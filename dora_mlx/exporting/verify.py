@@ -23,16 +23,16 @@ import mlx.nn as nn
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 import dora_mlx
 from dora_mlx.exporting.gguf.encoding import encode_block
 from dora_mlx.exporting.gguf.quants import QUANTS
+from dora_mlx.exporting.gguf.tokenization import check_gguf_tokens, probes_for
+from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
 from dora_mlx.exporting.gguf.write import plan_file
 from dora_mlx.exporting.logits import LIMITS, VerificationError, compare_logits, logits_of
 from dora_mlx.exporting.merge import MergedWeights, Weights
 from dora_mlx.exporting.report import LogitReport
-from dora_mlx.model_config import read_json
 
 EXACT_TYPES = (Type.F32, Type.F16, Type.BF16)
 # Root mean square of what a type may change a tensor by, over that of its values. About 1.5 times
@@ -48,17 +48,6 @@ TYPE_ERRORS = {
     Type.Q4_0: 0.15,
 }
 COARSEST_ERROR = 0.5
-
-# Contractions, runs of digits and spaces, line ends, scripts, joined emoji, special tokens.
-PROBES = (
-    "Hello, world! It's 2024-05-17, 12:34:56.789 -- you'll SEE they'VE done it",
-    "  two  spaces\tand\ttabs \n\n\n new lines \r\n and trailing   ",
-    "naïve café Ünïcödé Ωmega Привет мир 你好世界 こんにちは 한국어 עברית العربية हिन्दी ไทย",
-    "👩‍👩‍👧‍👦 🤷🏽‍♀️ e\u0301 \u00a0\u2003\u3000 ﬁ ½ ² Ⅷ ١٢٣ \U0001d7d8\U0001d7d9 \u200b\ufeff",
-    "def f(x):\n    return {'a': [1, 22, 333], \"b\": x**2 != 3.14e-10}  # done\n",
-    "https://example.org/a_b?c=1&d=%20#x !!!??? ... ''' \"\"\" ``` <|>|< 's 'S 't'T",
-    "0 00 000 1234567890 1,000,000 3rd 4x4 a1b2c3 v1.2.3",
-)
 
 
 @dataclass(frozen=True)
@@ -88,13 +77,15 @@ def verify_gguf(
     if not llama_cpp_is_installed():
         return GgufReport(count, None)
     reference, computed_in = logits_of(model, token_ids)
-    [(logits, tokens)] = run_llama_cpp([file], token_ids, PROBES)
+    rows = plan_file(base_dir, MergedWeights(model), quant).rows()
+    texts = probes_for(read_vocabulary(base_dir, rows))
+    [(logits, tokens)] = run_llama_cpp([file], token_ids, texts)
     report = compare_logits(reference, logits)
     precision = gguf_precision(quant)
     # Weights of fewer bits change the logits by what no limit can tell from a mistake.
     if precision is not None:
         _check(report, [computed_in, precision], file)
-    check_gguf_tokens(tokens, base_dir, file)
+    check_gguf_tokens(tokens, texts, base_dir, file)
     return GgufReport(count, report)
 
 
@@ -212,23 +203,6 @@ def _check_shape(written: Any, shape: tuple[int, ...]) -> None:
 def _check_bytes(written: Any, data: NDArray[Any], wanted: NDArray[Any]) -> None:
     if not np.array_equal(data.reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8)):
         raise VerificationError(f"{written.name} does not hold the merged weights")
-
-
-def check_gguf_tokens(tokens: dict[str, list[list[int]]], base_dir: Path, file: Path) -> None:
-    """Compare llama.cpp's tokens of ``PROBES`` with those of the tokenizer in ``base_dir``.
-
-    Raises:
-        VerificationError: Naming the text that differs.
-    """
-    read_json(base_dir / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(base_dir / "tokenizer.json"))
-    for key, added in (("plain", False), ("with_special", True)):
-        for text, ids in zip(PROBES, tokens[key], strict=True):
-            wanted = tokenizer.encode(text, add_special_tokens=added).ids
-            if ids != wanted:
-                raise VerificationError(
-                    f"llama.cpp tokenizes {text!r} with {file} as {ids}, and it is {wanted}"
-                )
 
 
 def _python_path() -> str:

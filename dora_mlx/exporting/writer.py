@@ -23,11 +23,13 @@ class ExportSource:
             weights that are read only when they are asked for.
         weights: The weights to write, under the names that mlx-lm gives them.
         adapter_dir: The run's folder, for formats that hold the adapter alone.
+        pre: What llama.cpp calls the tokenizer's splitter, when the person who exports knows it.
     """
 
     base: LoadedModel
     weights: Weights
     adapter_dir: Path | None = None
+    pre: str | None = None
 
     @property
     def base_dir(self) -> Path:

@@ -4,18 +4,35 @@ Everything is read from ``tokenizer.json``, which has all tokens in every versio
 and from ``tokenizer_config.json``, ``generation_config.json`` and ``chat_template.jinja``.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dora_mlx.errors import UserError
 from dora_mlx.exporting.gguf.pretokenizer import find_pretokenizer
+from dora_mlx.exporting.gguf.sentencepiece import (
+    SpacePrefix,
+    check_bytes,
+    read_scores,
+    read_space_prefix,
+)
+from dora_mlx.exporting.gguf.tokens import (
+    is_phi3,
+    read_merges,
+    read_tokens,
+    steps_of,
+    stripping_tokens,
+)
 from dora_mlx.model_config import read_json, read_json_if_there
 
+_NFC = {"type": "NFC"}
+# llama.cpp knows capital letters of ASCII alone where these ask for those of any script, and no
+# marks within a word.
+_PLAIN_LETTERS = ("tekken", "gpt-4o")
 # llama.cpp ends a turn at tokens with these texts without being told.
 _KNOWN_STOPS = {
     "<|eot_id|>",
@@ -29,14 +46,41 @@ _KNOWN_STOPS = {
 }
 
 
+class Difference(Enum):
+    """What llama.cpp tokenizes otherwise, however the file is written, told in a sentence."""
+
+    COMPOSITION = (
+        "The tokenizer composes characters (NFC) and llama.cpp does not: letters with their "
+        "accents as characters of their own become other tokens there."
+    )
+    FIRST_SPACE = (
+        "The tokenizer puts a space in front of a text that follows no special token, and in "
+        "llama.cpp there is none. In a chat every text follows one."
+    )
+    LETTERS = (
+        "llama.cpp splits words with combining marks, and some with capital letters beyond ASCII, "
+        "in other places than this tokenizer."
+    )
+    STRIPPING = (
+        "llama.cpp keeps spaces beside some special tokens, where this tokenizer drops them."
+    )
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE vocabulary; ``tokens`` and ``types`` have one entry per embedding row."""
+    """A tokenizer; ``tokens`` and ``types`` have one entry per embedding row.
+
+    ``scores`` are there for SentencePiece-style BPE alone, ``pretokenizer`` and ``merges`` for
+    byte-level BPE. ``phi3`` is true for the tokenizer that llama.cpp knows by the model's name.
+    """
 
     tokens: list[str]
     types: list[int]
-    merges: list[str]
+    merges: list[tuple[str, str]]
+    scores: list[float] | None
     pretokenizer: str
+    space_prefix: bool
+    phi3: bool
     bos: int
     eos: int
     eot: int
@@ -46,6 +90,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     chat_template: str | list[dict[str, str]] | None
+    differences: frozenset[Difference]
 
 
 def read_vocabulary(base_dir: Path, rows: int, pre: str | None = None) -> Vocabulary:
@@ -61,30 +106,35 @@ def read_vocabulary(base_dir: Path, rows: int, pre: str | None = None) -> Vocabu
     """
     tokenizer = read_json(base_dir / "tokenizer.json")
     settings = read_json_if_there(base_dir / "tokenizer_config.json")
-    _refuse_other_tokenizers(tokenizer)
-    pretokenizer = pre or find_pretokenizer(
-        tokenizer, bool(settings.get("clean_up_tokenization_spaces", False))
-    )
-    tokens, types = _read_tokens(tokenizer, rows)
+    pieces = _has_pieces(tokenizer)
+    differences = _refuse_other_tokenizers(tokenizer, pieces)
+    tokens, types = read_tokens(tokenizer, rows, pieces)
+    merges = read_merges(tokenizer["model"])
+    prefix = SpacePrefix.NEVER
+    pretokenizer = "default"
+    if pieces:
+        check_bytes(tokens)
+        prefix = read_space_prefix(tokenizer)
+        if prefix == SpacePrefix.FIRST:
+            differences.add(Difference.FIRST_SPACE)
+    else:
+        cleans_up = bool(settings.get("clean_up_tokenization_spaces", False))
+        pretokenizer = pre or find_pretokenizer(base_dir / "tokenizer.json", tokenizer, cleans_up)
+        if pretokenizer in _PLAIN_LETTERS:
+            differences.add(Difference.LETTERS)
     ids = {token: index for index, token in enumerate(tokens)}
     eos, others = _read_stops(base_dir, settings, ids, tokens)
     pad = _special_id(settings, "pad_token", ids)
-    before, after = _added_by_template(tokenizer, ids)
+    before, after = _read_added(tokenizer, settings, ids, eos)
     bos = before if before is not None else _special_id(settings, "bos_token", ids)
-    for side, added in (("bos", before), ("eos", after)):
-        told = settings.get(f"add_{side}_token")
-        if told is not None and told != (added is not None):
-            raise UserError(
-                f"tokenizer_config.json sets add_{side}_token to {told} and tokenizer.json does "
-                "the opposite, so programs disagree on this tokenizer. Make the two agree."
-            )
-    if after not in (None, eos):
-        raise UserError(f"tokenizer.json ends every text with a token other than {tokens[eos]!r}.")
     return Vocabulary(
         tokens=tokens,
         types=types,
-        merges=_read_merges(tokenizer["model"]),
+        merges=merges,
+        scores=read_scores(tokens, merges) if pieces else None,
         pretokenizer=pretokenizer,
+        space_prefix=prefix == SpacePrefix.ALWAYS,
+        phi3=pieces and is_phi3(tokenizer),
         # llama.cpp takes token 11 where none is named, and 11 is an ordinary word.
         bos=_first_known(bos, pad, eos),
         eos=eos,
@@ -96,16 +146,21 @@ def read_vocabulary(base_dir: Path, rows: int, pre: str | None = None) -> Vocabu
         add_bos=before is not None,
         add_eos=after is not None,
         chat_template=_read_chat_template(base_dir, settings),
+        differences=frozenset(differences),
     )
 
 
 def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     """Add every key of the tokenizer to ``writer``."""
-    writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pretokenizer)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([" ".join(pair) for pair in vocabulary.merges])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(vocabulary.scores)
     writer.add_bos_token_id(vocabulary.bos)
     writer.add_eos_token_id(vocabulary.eos)
     writer.add_eot_token_id(vocabulary.eot)
@@ -118,99 +173,53 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
             add(token)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(vocabulary.space_prefix)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _refuse_other_tokenizers(tokenizer: dict[str, Any]) -> None:
+def _has_pieces(tokenizer: dict[str, Any]) -> bool:
+    """Whether a BPE is SentencePiece's; the other kind is byte-level.
+
+    Raises:
+        UserError: For what is neither.
+    """
     model = tokenizer["model"]
-    kind = model.get("type")
-    if kind != "BPE" or model.get("byte_fallback"):
-        name = "SentencePiece-style BPE" if kind == "BPE" else kind
+    if model.get("type") != "BPE":
         raise UserError(
-            f"Only byte-level BPE tokenizers can be exported to GGUF yet, and this one is {name}. "
-            "Export safetensors instead."
+            f"The tokenizers that can be exported to GGUF are byte-level BPE and BPE with byte "
+            f"fallback, and this one is {model.get('type')}. Export safetensors instead."
         )
+    return bool(model.get("byte_fallback"))
+
+
+def _refuse_other_tokenizers(tokenizer: dict[str, Any], pieces: bool) -> set[Difference]:
+    """Refuse what llama.cpp would tokenize otherwise; returns what it seldom does."""
+    model = tokenizer["model"]
     altered = [
         name
         for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
         if model.get(name)
     ]
-    if set(ByteLevel.alphabet()) <= set(model["vocab"]) and "unk_token" in altered:
+    if "unk_token" in altered and (pieces or set(ByteLevel.alphabet()) <= set(model["vocab"])):
         # No text has a byte that is not a token, so nothing ever becomes the unknown token.
         altered.remove("unk_token")
-    if list(_normalizers(tokenizer.get("normalizer"))):
+    normalizers = [] if pieces else steps_of(tokenizer, "normalizer")
+    if normalizers and normalizers != [_NFC]:
         altered.append("normalizer")
-    altered += [
-        f"{flag} of {token['content']!r}"
-        for token in tokenizer.get("added_tokens", ())
-        for flag in ("lstrip", "rstrip", "single_word")
-        if token.get(flag)
-    ]
+    stripping = [] if pieces and is_phi3(tokenizer) else list(stripping_tokens(tokenizer))
+    altered += [f"{flag} of {text!r}" for text, special, flag in stripping if not special]
     if altered:
         raise UserError(
             f"This tokenizer sets {', '.join(altered)}, which llama.cpp does not follow, so it "
             "cannot be exported to GGUF yet. Export safetensors instead."
         )
-
-
-def _normalizers(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    if part is None:
-        return
-    if part["type"] != "Sequence":
-        yield part
-        return
-    for child in part["normalizers"]:
-        yield from _normalizers(child)
-
-
-def _read_tokens(tokenizer: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Token texts and types, padded to ``rows`` with unused tokens."""
-    entries = [
-        (index, text, TokenType.NORMAL) for text, index in tokenizer["model"]["vocab"].items()
-    ]
-    entries += [
-        (token["id"], token["content"], _added_type(token))
-        for token in tokenizer.get("added_tokens", ())
-    ]
-    by_id: dict[int, tuple[str, TokenType]] = {}
-    for index, text, kind in entries:
-        if index >= rows:
-            raise UserError(
-                f"Token {index} ({text!r}) is beyond the {rows} rows of the embedding. "
-                "Use the tokenizer this model was trained with."
-            )
-        by_id[index] = (text, kind)
-    texts = {text for text, _ in by_id.values()}
-    if len(texts) != len(by_id):
-        # llama.cpp aborts the whole process on these.
-        raise UserError("Two tokens of tokenizer.json have the same text. Repair the tokenizer.")
-    for index in range(rows):
-        if index not in by_id:
-            by_id[index] = (_unused_name(index, texts), TokenType.UNUSED)
-    return [by_id[i][0] for i in range(rows)], [int(by_id[i][1]) for i in range(rows)]
-
-
-def _added_type(token: dict[str, Any]) -> TokenType:
-    text = token["content"]
-    looks_special = text.startswith("<|") and text.endswith("|>")
-    return TokenType.CONTROL if token.get("special") or looks_special else TokenType.USER_DEFINED
-
-
-def _unused_name(index: int, taken: set[str]) -> str:
-    name = f"[PAD{index}]"
-    while name in taken:
-        name = f"[{name}]"
-    return name
-
-
-def _read_merges(model: dict[str, Any]) -> list[str]:
-    """Each merge as ``first second``, from either of the two forms of ``tokenizer.json``."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    if not pairs or any(len(pair) != 2 or " " in pair[0] + pair[1] for pair in pairs):
-        raise UserError("The merges of tokenizer.json are missing or hold spaces.")
-    return [" ".join(pair) for pair in pairs]
+    differences = set()
+    if normalizers:
+        differences.add(Difference.COMPOSITION)
+    if stripping:
+        differences.add(Difference.STRIPPING)
+    return differences
 
 
 def _special_id(settings: dict[str, Any], key: str, ids: dict[str, int]) -> int | None:
@@ -255,13 +264,30 @@ def _first_known(*ids: int | None) -> int:
     return next(index for index in ids if index is not None)
 
 
+def _read_added(
+    tokenizer: dict[str, Any], settings: dict[str, Any], ids: dict[str, int], eos: int
+) -> tuple[int | None, int | None]:
+    """The tokens that encoding adds before and after a text, where all files agree on them."""
+    before, after = _added_by_template(tokenizer, ids)
+    for side, added in (("bos", before), ("eos", after)):
+        told = settings.get(f"add_{side}_token")
+        if told is not None and told != (added is not None):
+            raise UserError(
+                f"tokenizer_config.json sets add_{side}_token to {told} and tokenizer.json does "
+                "the opposite, so programs disagree on this tokenizer. Make the two agree."
+            )
+    if after not in (None, eos):
+        raise UserError("tokenizer.json ends every text with a token other than the end of text.")
+    return before, after
+
+
 def _added_by_template(
     tokenizer: dict[str, Any], ids: dict[str, int]
 ) -> tuple[int | None, int | None]:
     """The tokens that encoding adds before and after a text."""
     before: int | None = None
     after: int | None = None
-    for processor in _processors(tokenizer.get("post_processor")):
+    for processor in steps_of(tokenizer, "post_processor"):
         if processor["type"] == "ByteLevel":
             continue
         if processor["type"] != "TemplateProcessing":
@@ -279,14 +305,6 @@ def _added_by_template(
         if len(kinds) - place == 2:
             after = ids[texts[-1][1]["id"]]
     return before, after
-
-
-def _processors(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [part]
-    return [step for child in part["processors"] for step in _processors(child)]
 
 
 def _read_chat_template(

@@ -1,5 +1,6 @@
 """Write a GGUF file, some rows of one tensor in memory at a time."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,16 @@ from dora_mlx.exporting.gguf.quants import (
     size_in_bytes,
 )
 from dora_mlx.exporting.gguf.tensors import TensorPlan, plan_tensors
-from dora_mlx.exporting.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from dora_mlx.exporting.gguf.vocabulary import (
+    Difference,
+    Vocabulary,
+    read_vocabulary,
+    write_vocabulary,
+)
 from dora_mlx.exporting.merge import Weights
 from dora_mlx.exporting.staging import Progress, byte_counter, staged_file
 
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 # A float16 scale that is further from the original than this is said to be rounded.
 _EXACT = 1e-6
 
@@ -79,10 +86,10 @@ def check_gguf_base(base_dir: Path, quant: str = "f16", pre: str | None = None) 
     read_vocabulary(base_dir, config["vocab_size"], pre)
 
 
-def gguf_size(weights: Weights, base_dir: Path, quant: str) -> int:
+def gguf_size(weights: Weights, base_dir: Path, quant: str, pre: str | None = None) -> int:
     """About the size in bytes of the file that ``write_gguf`` would write."""
     plan = plan_file(base_dir, weights, quant)
-    return plan.data_bytes() + _metadata_bytes(read_vocabulary(base_dir, plan.rows(), None), plan)
+    return plan.data_bytes() + _metadata_bytes(read_vocabulary(base_dir, plan.rows(), pre), plan)
 
 
 def write_gguf(
@@ -120,7 +127,7 @@ def write_gguf(
     check_gguf_base(base_dir, quant, pre)
     plan = plan_file(base_dir, weights, quant)
     vocabulary = read_vocabulary(base_dir, plan.rows(), pre)
-    name = _model_name(output_file, plan.architecture)
+    name = _model_name(output_file, vocabulary)
     needed = plan.data_bytes() + _metadata_bytes(vocabulary, plan)
     if quant in QUANTS:
         with staged_file(output_file, needed, overwrite) as partial:
@@ -200,7 +207,10 @@ def _write(
             kind = plan.types[tensor.name]
             encoded = (encode_block(block, kind, tensor.source) for block in tensor.blocks(weights))
             _write_aligned(stream, encoded, report)
-    return _notes(plan, largest_change)
+    return [
+        *(d.value for d in Difference if d in vocabulary.differences),
+        *_notes(plan, largest_change),
+    ]
 
 
 def _take_over(weights: Weights, tensor: TensorPlan) -> tuple[NDArray[np.uint8], float]:
@@ -237,7 +247,8 @@ def _announce_tensors(writer: gguf.GGUFWriter, plan: FilePlan) -> None:
 
 def _metadata_bytes(vocabulary: Vocabulary, plan: FilePlan) -> int:
     """About what everything except the tensors' data takes; never less."""
-    texts = sum(len(text.encode()) + 32 for text in [*vocabulary.tokens, *vocabulary.merges])
+    merges = map(" ".join, vocabulary.merges)
+    texts = sum(len(text.encode()) + 32 for text in [*vocabulary.tokens, *merges])
     return texts + 200 * len(plan.tensors) + 10**6
 
 
@@ -256,12 +267,14 @@ def _align(file: BinaryIO) -> None:
     file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
-def _model_name(output_file: Path, architecture: Architecture) -> str:
+def _model_name(output_file: Path, vocabulary: Vocabulary) -> str:
+    """The name that programs show, by which llama.cpp also knows one family's tokenizer."""
     name = output_file.stem
-    phi = "phi3" in name.lower() or "phi-3" in name.lower()
-    if phi and architecture.arch != gguf.MODEL_ARCH.PHI3:
-        raise UserError(
-            f"llama.cpp takes any model named {name!r} for a Phi-3 and fails on it. "
-            "Choose a file name without 'phi-3'."
-        )
-    return name
+    if _PHI3.search(name) is not None:
+        if not vocabulary.phi3:
+            raise UserError(
+                f"llama.cpp takes any model named {name!r} for a Phi-3 and fails on it. "
+                "Choose a file name without 'phi-3'."
+            )
+        return name
+    return f"{name} (Phi-3)" if vocabulary.phi3 else name
