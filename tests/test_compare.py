@@ -124,7 +124,7 @@ def test_a_rank_of_its_own_keeps_the_scale():
     settings = Settings(TrainConfig(rank=8, alpha=16), (), 1, Budget(1, "steps"), {}, None)
     config = settings.config_of(Contender("dora", 4), 2, 1e-3, 50)
     assert (config.rank, config.alpha, config.seed) == (4, 8.0, 2)
-    assert config.steps_per_eval == 5
+    assert config.steps_per_eval == 10
 
 
 def test_lists_are_read():

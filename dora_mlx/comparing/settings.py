@@ -13,7 +13,8 @@ METHODS = get_args(Method)
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?(steps?|minutes?)")
 # Around a method's usual rate, for a sweep.
 _SWEEP = (0.5, 1.0, 2.0)
-_VALIDATIONS = 10
+# Validations of a run, unless the options say otherwise: a curve of a few points.
+_VALIDATIONS = 5
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Settings:
         A rank of its own changes alpha with it, so that the scale of the update stays the same.
         """
         rank = contender.rank or self.config.rank
+        between = self.config.steps_per_eval
+        if between == TrainConfig().steps_per_eval:
+            between = max(1, steps // _VALIDATIONS)
         return replace(
             self.config,
             method=contender.method,
@@ -70,7 +74,7 @@ class Settings:
             seed=self.config.seed + seed,
             learning_rate=rate,
             steps=steps,
-            steps_per_eval=max(1, min(self.config.steps_per_eval, steps // _VALIDATIONS)),
+            steps_per_eval=between,
         )
 
 
