@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
 from app.guard import Login, is_loopback
@@ -149,11 +150,11 @@ def _serve(arguments: argparse.Namespace, login: Login | None, listener: socket.
         print(f"dora_mlx is at {url}  (Ctrl-C ends it; a training goes on)", flush=True)
         if not arguments.no_browser and _has_display():
             webbrowser.open(url)
-        uvicorn.Server(
-            uvicorn.Config(
-                server, log_level="warning", timeout_graceful_shutdown=1, server_header=False
-            )
-        ).run(sockets=[listener])
+        options = uvicorn.Config(
+            server, log_level="warning", timeout_graceful_shutdown=1, server_header=False
+        )
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(options).run(sockets=[listener])
     return 0
 
 

@@ -8,6 +8,7 @@ from app.connect import connect
 from app.context import Context, Page
 from app.tabs import changes, chat, data, export, train
 from app.views import header
+from app.views.run import status_of
 
 _TABS = (
     ("Data", "data", data.build),
@@ -42,6 +43,4 @@ def _bar(context: Context) -> str:
     activity = context.trainings.status()
     if activity is None or not activity.alive:
         return header.bar(platform.machine(), ("Idle", "plain"))
-    if not activity.started:
-        return header.bar(platform.machine(), ("Preparing", "info"))
-    return header.bar(platform.machine(), ("Training", "info"))
+    return header.bar(platform.machine(), status_of(context.watch.look(activity.run)))

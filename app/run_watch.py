@@ -27,6 +27,14 @@ class RunLook:
     activity: Activity | None
 
     @property
+    def is_preparing(self) -> bool:
+        """Whether its training was started and has not begun."""
+        if self.activity is None or not self.activity.alive:
+            return False
+        begun = any(event["time"] > self.activity.began for event in self.events[-1:])
+        return not begun and not (self.summary is not None and self.summary.is_active)
+
+    @property
     def is_stopping(self) -> bool:
         """Whether it was asked to stop and has not yet."""
         return (

@@ -11,10 +11,11 @@ child, so the system frees it when the training ends, however that is.
 import fcntl
 import json
 import os
-import shlex
+import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from dora_mlx import (
 
 # What of a log is worth showing: a training says its errors at its end.
 _LOG_TAIL = 20_000
+_SECONDS_BETWEEN_SIGNALS = 0.2
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Activity:
 
     Attributes:
         run: Name of its run.
+        began: When it was started or resumed, in seconds since the epoch.
         alive: Whether its process is there.
         started: Whether its run has its folder: before, model and data are being prepared.
         error: What it could not start for, in its own words; empty if there was nothing.
     """
 
     run: str
+    began: float
     alive: bool
     started: bool
     error: str
@@ -91,6 +95,15 @@ class Trainings:
         """Ask a run to end after its current step with everything saved."""
         find_run(run, self.runs_dir).stop_file.touch()
 
+    def cancel(self) -> None:
+        """End the training that is still being prepared; it leaves nothing behind."""
+        process = lock_holder(self._lock_file)
+        if process is not None:
+            # The first one asks to stop after the step that never comes, the second means it.
+            os.kill(process, signal.SIGTERM)
+            time.sleep(_SECONDS_BETWEEN_SIGNALS)
+            os.kill(process, signal.SIGTERM)
+
     def pause(self, run: str) -> None:
         """Ask a run to wait before its next step."""
         find_run(run, self.runs_dir).pause_file.touch()
@@ -108,7 +121,7 @@ class Trainings:
         run = RunFolder(self.runs_dir / last["run"])
         alive = lock_holder(self._lock_file) is not None
         started = run.config_file.is_file()
-        return Activity(run.name, alive, started, "" if alive else self._error())
+        return Activity(run.name, last["began"], alive, started, "" if alive else self._error())
 
     def log(self) -> str:
         """The end of what the last training wrote to its terminal."""
@@ -133,7 +146,7 @@ class Trainings:
                     "a machine is for. Wait for it to end, or stop it first."
                 )
             command = [sys.executable, "-m", "dora_mlx.train", *words]
-            record = {"run": run, "command": shlex.join(["python", *command[1:]])}
+            record = {"run": run, "began": time.time()}
             (self._place / "training.json").write_text(json.dumps(record), encoding="utf-8")
             lock.truncate(0)
             with open(self.log_file, "wb") as log:

@@ -6,8 +6,23 @@
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const EDGE = { left: 52, right: 12, top: 10, bottom: 26 };
-  // Gradio puts a new element in the place of an old one; the pointer stays where it was.
-  const pointer = new Map();
+  const STYLE = `
+    :host { display: block; position: relative; height: 300px; touch-action: pan-y; }
+    svg { display: block; overflow: visible; font: 11.5px "IBM Plex Sans", system-ui, sans-serif; }
+    text { fill: var(--muted); font-variant-numeric: tabular-nums; }
+    .grid { stroke: var(--line); }
+    .mark { stroke: var(--line-strong); stroke-dasharray: 1 3; }
+    .mark.best { stroke: var(--series-2); stroke-dasharray: 4 3; }
+    path { fill: none; stroke-width: 2; stroke-linejoin: round; }
+    path.raw { stroke-width: 1; }
+    .cursor line { stroke: var(--faint); stroke-dasharray: 2 2; }
+    .tip {
+      position: absolute; top: 8px; z-index: 2; pointer-events: none; display: grid; gap: 3px;
+      padding: 7px 10px; border: 1px solid var(--line-strong); border-radius: 8px;
+      background: var(--card); color: var(--ink); font-size: 12px; line-height: 1.35;
+      white-space: nowrap; font-variant-numeric: tabular-nums; box-shadow: 0 4px 14px #00000018;
+    }
+    .tip i { display: inline-block; width: 8px; height: 8px; margin-right: 6px; border-radius: 50%; }`;
 
   function make(name, attributes, parent, text) {
     const element = document.createElementNS(SVG, name);
@@ -36,23 +51,41 @@
   }
 
   class Chart extends HTMLElement {
-    connectedCallback() {
-      this.chart = JSON.parse(this.getAttribute("data"));
+    static observedAttributes = ["data"];
+
+    constructor() {
+      super();
+      // What is inside a shadow stays when Gradio compares the element with its new HTML.
+      const root = this.attachShadow({ mode: "open" });
+      const style = document.createElement("style");
+      style.textContent = STYLE;
+      this.picture = document.createElement("div");
+      root.append(style, this.picture);
       this.observer = new ResizeObserver(() => this.draw());
-      this.observer.observe(this);
-      this.addEventListener("pointermove", (event) => this.hover(event.offsetX));
+      this.addEventListener("pointermove", (event) => {
+        this.hover(event.clientX - this.getBoundingClientRect().left);
+      });
       this.addEventListener("pointerleave", () => this.hover(null));
-      this.draw();
+    }
+
+    connectedCallback() {
+      this.observer.observe(this);
     }
 
     disconnectedCallback() {
       this.observer.disconnect();
     }
 
+    attributeChangedCallback(_name, before, now) {
+      if (before === now) return;
+      this.chart = JSON.parse(now);
+      this.draw();
+    }
+
     draw() {
       const width = this.clientWidth;
       const height = this.clientHeight;
-      if (!width || !height || (width === this.width && height === this.height)) return;
+      if (!width || !height) return;
       [this.width, this.height] = [width, height];
       const { x, series, marks = [] } = this.chart;
       const values = series.flatMap((s) => s.points.map((p) => p[1]));
@@ -86,8 +119,8 @@
       }
       for (const s of series) this.drawSeries(svg, s);
       this.cursor = make("g", { class: "cursor" }, svg);
-      this.replaceChildren(svg);
-      if (pointer.has(this.id)) this.hover(pointer.get(this.id));
+      this.picture.replaceChildren(svg);
+      this.hover(this.pointer ?? null);
     }
 
     drawSeries(svg, s) {
@@ -102,10 +135,9 @@
 
     // A line at the pointer, and what every series has there.
     hover(at) {
-      if (at === null) pointer.delete(this.id);
-      else pointer.set(this.id, at);
+      this.pointer = at;
       this.cursor?.replaceChildren();
-      this.querySelector(".tip")?.remove();
+      this.picture.querySelector(".tip")?.remove();
       if (at === null || !this.toX) return;
       const [from, to] = this.chart.x;
       const ratio = (at - EDGE.left) / (this.width - EDGE.left - EDGE.right);
@@ -134,7 +166,7 @@
         line.append(dot, `${s.name} ${short(p[1])}${this.chart.unit ? ` ${this.chart.unit}` : ""}${step}`);
         tip.append(line);
       }
-      this.append(tip);
+      this.picture.append(tip);
       const flip = x > this.width / 2;
       tip.style.left = flip ? "auto" : `${x + 12}px`;
       tip.style.right = flip ? `${this.width - x + 12}px` : "auto";

@@ -172,7 +172,7 @@ def _wire_start(
     names, components = list(controls), list(controls.values())
     label = gr.State(_START)
 
-    def begin(data: dict[str, Any], model: str, name: str, *values: Any) -> tuple[str, Any, str]:
+    def begin(data: dict[str, Any], model: str, name: str, *values: Any) -> str:
         if missing := _missing(context, data):
             raise UserError(f"{missing}.")
         config = _config(data, model, names, values)
@@ -181,7 +181,7 @@ def _wire_start(
             (name or "").strip() or None, context.runs_dir, f"{Path(config.model).name}-{stem}"
         )
         context.trainings.start(config, folder.name)
-        return folder.name, gr.update(value="Starting ...", interactive=False), "Starting ..."
+        return folder.name
 
     def refresh(data: dict[str, Any], before: str) -> tuple[Any, Any]:
         now = _missing(context, data) or _START
@@ -193,12 +193,12 @@ def _wire_start(
         start.click,
         begin,
         [page.data, model, name, *components],
-        [page.run, start, label],
+        [page.run],
         notice=problem,
-        concurrency_limit=1,
+        queue=False,
     )
     connect(
-        [page.tick.tick, page.blocks.load, page.data.change],
+        [page.tick.tick, page.blocks.load, page.data.change, page.run.change],
         refresh,
         [page.data, label],
         [start, label],

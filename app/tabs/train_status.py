@@ -114,10 +114,14 @@ def _buttons(context: Context, look: RunLook) -> tuple[Any, Any, Any]:
     summary = look.summary
     active = summary is not None and summary.is_active and not look.is_stopping
     paused = summary is not None and summary.status == "paused"
-    resumable = summary is not None and summary.can_resume
+    ended = look.activity is None or not look.activity.alive
+    resumable = summary is not None and summary.can_resume and ended
     return (
         gr.update(visible=active, value="Continue" if paused else "Pause"),
-        gr.update(visible=active),
+        gr.update(
+            visible=active or look.is_preparing,
+            value="Cancel" if look.is_preparing else "Stop and save",
+        ),
         gr.update(visible=resumable),
     )
 
@@ -160,7 +164,14 @@ def _wire_actions(
             context.trainings.pause(name)
 
     connect(pause.click, toggle_pause, [page.run], notice=problem, queue=False)
-    connect(stop.click, context.trainings.stop, [page.run], notice=problem, queue=False)
+
+    def stop_or_cancel(name: str) -> None:
+        if context.watch.look(name).is_preparing:
+            context.trainings.cancel()
+        else:
+            context.trainings.stop(name)
+
+    connect(stop.click, stop_or_cancel, [page.run], notice=problem, queue=False)
     connect(resume.click, context.trainings.resume, [page.run], notice=problem, queue=False)
 
 

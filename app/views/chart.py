@@ -83,18 +83,18 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], most: int = _POINTS) -> list[Point]:
-    """At most ``most`` points with the lowest and the highest of every stretch among them."""
+    """At most ``most`` points: the lowest and the highest of every stretch, and the last."""
     if len(points) <= most:
         return list(points)
     kept: list[Point] = []
-    stretches = most // 2
+    stretches = (most - 1) // 2
     for number in range(stretches):
         begin = number * len(points) // stretches
         stretch = points[begin : (number + 1) * len(points) // stretches]
         low = min(stretch, key=lambda point: point[1])
         high = max(stretch, key=lambda point: point[1])
         kept += sorted({low, high})
-    return kept
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
 def every_nth(points: Sequence[Point], most: int = _POINTS) -> list[Point]:

@@ -26,9 +26,10 @@ _LOG_LINES = 14
 
 def status_of(look: RunLook) -> tuple[str, str]:
     """A word for what a run is doing, and the kind of its pill."""
+    if look.is_preparing:
+        return "Preparing", "info"
     if look.summary is None:
-        alive = look.activity is not None and look.activity.alive
-        return ("Preparing", "info") if alive else ("Not started", "bad")
+        return "Not started", "bad"
     return ("Stopping", "warn") if look.is_stopping else STATUS[look.summary.status]
 
 

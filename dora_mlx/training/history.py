@@ -164,7 +164,8 @@ def _facts(path: Path, inode: int, size: int, changed: int) -> _Facts:
             validations = [(step, loss) for step, loss in validations if step <= facts.step]
         elif kind == "step":
             facts.step, facts.loss = event["step"], event["loss"]
-        elif kind == "validation" and event["loss"] is not None:
+        elif kind == "validation" and event["step"] > 0 and event["loss"] is not None:
+            # Before the first step it was the base model that was measured.
             validations.append((event["step"], event["loss"]))
     facts.validations = [loss for _, loss in validations]
     return facts

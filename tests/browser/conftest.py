@@ -1,0 +1,116 @@
+"""The app in headless Chromium: a real server, a real browser, real trainings of the starter."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the dev extra")
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+# Long enough for a machine that is busy with other things; nothing waits so long when all is well.
+PATIENCE_MS = 60_000
+
+playwright.expect.set_options(timeout=PATIENCE_MS)
+
+
+class Server:
+    """``python -m app`` on a port of its own; ``restart`` keeps its folders."""
+
+    def __init__(self, place: Path):
+        self.runs_dir, self.exports_dir = place / "runs", place / "exports"
+        self.url = ""
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, port: int = 0) -> "Server":
+        words = ["--no-browser", "--port", str(port)]
+        words += ["--runs-dir", str(self.runs_dir), "--exports-dir", str(self.exports_dir)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "app", *words], stdout=subprocess.PIPE, text=True
+        )
+        for line in self._process.stdout:
+            if " is at http" in line:
+                self.url = line.split(" is at ")[1].split()[0]
+                return self
+        raise RuntimeError("the app did not start")
+
+    def kill(self) -> None:
+        """As a crash would end it."""
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        self.start(int(self.url.rsplit(":", 1)[1]))
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: install it, or name one in the variable CHROMIUM")
+    with playwright.sync_playwright() as tool:
+        # Without a sandbox, because tests run as root in containers; only our own page is opened.
+        chromium = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One app for the tests of a file."""
+    running = Server(tmp_path_factory.mktemp("app")).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Opens the app in windows of their own; fails if one asks another machine or complains."""
+    faults: list[str] = []
+    contexts = []
+
+    def open_one(tab: str = "", **options):
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("pageerror", lambda error: faults.append(f"error on the page: {error}"))
+        page.on("console", lambda message: _note(faults, message))
+        page.on("request", lambda request: _check(faults, request, server.url))
+        page.goto(f"{server.url}/#{tab}")
+        page.locator('#tabs [role="tab"]').first.wait_for()
+        return page
+
+    open_one.faults = faults
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert not faults
+
+
+@pytest.fixture
+def page(open_page):
+    """One window with the app."""
+    return open_page()
+
+
+def _note(faults: list[str], message) -> None:
+    if message.type in ("error", "warning"):
+        faults.append(f"{message.type} in the console: {message.text}")
+
+
+def _check(faults: list[str], request, own: str) -> None:
+    if not request.url.startswith((own, "data:", "blob:")):
+        faults.append(f"asked another machine: {request.url}")
