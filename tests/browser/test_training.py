@@ -15,7 +15,8 @@ def start(page, name, steps=400, **fields):
     page.get_by_role("tab", name="Train").click()
     expect(page.locator("#train-start")).to_have_text("Start training")
     for field, value in {"name": name, "steps": str(steps), **fields}.items():
-        page.locator(f"#train-{field} :is(input, textarea)").fill(value)
+        place = f"#train-{field.replace('_', '-')}"
+        page.locator(f"{place} :is(input, textarea)").fill(value)
     page.locator("#train-start").click()
 
 
