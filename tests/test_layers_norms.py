@@ -1,5 +1,7 @@
 """The norm of a DoRA layer: digits kept under cancellation, and never that of other weights."""
 
+from itertools import product
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -9,9 +11,17 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 
-from dora_mlx.kernels.frozen_product import row_shape, weight_rows
-from dora_mlx.kernels.row_norm import ColumnNorm, RowNorm, Update, safe_norms
+from dora_mlx.kernels import frozen_product
+from dora_mlx.kernels.frozen_product import (
+    SharedReading,
+    row_shape,
+    shares_reading,
+    use_blocked_products,
+    weight_rows,
+)
+from dora_mlx.kernels.row_norm import ColumnNorm, RowNorm, Update, may_cancel, safe_norms
 from dora_mlx.layers import DoRAConv2d, DoRAEmbedding, DoRALinear, DoRASwitchLinear, hoisted_norms
+from dora_mlx.layers import linear as linear_layers
 
 
 def as64(array):
@@ -99,8 +109,8 @@ def is_right(layer, norm=None):
     return np.allclose(actual, expected, rtol=1e-5)
 
 
-def moved(layer):
-    layer.lora_b = layer.lora_b + 0.3 * mx.random.normal(layer.lora_b.shape)
+def moved(layer, by=0.3):
+    layer.lora_b = layer.lora_b + by * mx.random.normal(layer.lora_b.shape)
     return layer
 
 
@@ -149,12 +159,14 @@ def test_changing_weights_within_a_block_is_an_error():
 
 
 class Net(nn.Module):
-    def __init__(self, kind=None):
+    def __init__(self, bits=None):
         super().__init__()
         mx.random.seed(2)
-        self.layers = [nn.Linear(16, 16) for _ in range(3)]
-        if kind:
-            self.layers = [moved(kind.from_base(layer, rank=3)) for layer in self.layers]
+        self.layers = [nn.Linear(32, 32) for _ in range(3)]
+        if bits:
+            nn.quantize(self, 32, bits)
+            use_blocked_products(self)
+        self.layers = [moved(DoRALinear.from_base(layer, rank=3), by=0.03) for layer in self.layers]
 
     def __call__(self, x):
         for layer in self.layers:
@@ -166,11 +178,11 @@ def loss_of(model, x):
     return mx.square(model(x) - 1).sum()
 
 
-def run_steps(step, count=4):
+def run_steps(step, bits=None, count=4):
     """Losses of training steps; ``step(model, optimizer, x)`` returns one."""
-    model, optimizer = Net(DoRALinear), optim.SGD(0.05)
+    model, optimizer = Net(bits), optim.SGD(0.02)
     mx.random.seed(9)
-    losses = [step(model, optimizer, mx.random.normal((5, 16))).item() for _ in range(count)]
+    losses = [step(model, optimizer, mx.random.normal((10, 32))).item() for _ in range(count)]
     assert all(is_right(layer) for layer in model.layers)
     return losses
 
@@ -192,8 +204,8 @@ def hoisted_step(model, optimizer, x):
 def accumulated_step(model, optimizer, x):
     with hoisted_norms(model):
         function = nn.value_and_grad(model, loss_of)
-        first, gradients = function(model, x[:2])
-        second, more = function(model, x[2:])
+        first, gradients = function(model, x[:5])
+        second, more = function(model, x[5:])
     optimizer.update(
         model,
         {
@@ -247,23 +259,28 @@ def compiled_steps(hoist, state):
     return step
 
 
+WAYS = {
+    "hoisted": lambda: hoisted_step,
+    "accumulated": lambda: accumulated_step,
+    "compiled-state": lambda: compiled_steps(hoist=False, state=True),
+    "compiled-state-hoisted": lambda: compiled_steps(hoist=True, state=True),
+    "compiled-parameters": lambda: compiled_steps(hoist=False, state=False),
+    "compiled-parameters-hoisted": lambda: compiled_steps(hoist=True, state=False),
+}
+
+
+# With 4 bits and ten rows the norm shares the product's reading of W. Compiling for the CPU is
+# slow, so of the compiled ways only the one that a constant norm would break is tried with both.
 @pytest.mark.parametrize(
-    "step",
-    [
-        pytest.param(hoisted_step, id="hoisted"),
-        pytest.param(accumulated_step, id="accumulated"),
-        pytest.param(compiled_steps(hoist=False, state=True), id="compiled-state"),
-        pytest.param(compiled_steps(hoist=True, state=True), id="compiled-state-hoisted"),
-        pytest.param(compiled_steps(hoist=False, state=False), id="compiled-parameters"),
-        pytest.param(compiled_steps(hoist=True, state=False), id="compiled-parameters-hoisted"),
-    ],
+    ("way", "bits"), [*product(WAYS, [None]), *product(list(WAYS)[:2] + list(WAYS)[-1:], [4])]
 )
-def test_every_way_of_training_uses_the_norm_of_the_step(step):
+def test_every_way_of_training_uses_the_norm_of_the_step(way, bits):
     # A norm kept from the first step, as a constant of a compiled one, changes the second loss.
-    np.testing.assert_allclose(run_steps(step), run_steps(plain_step), rtol=1e-5)
+    np.testing.assert_allclose(run_steps(WAYS[way](), bits), run_steps(plain_step, bits), rtol=1e-5)
 
 
-def test_mlx_lm_gradient_checkpointing_uses_the_norm_of_the_step():
+@pytest.mark.parametrize("bits", [None, 4])
+def test_mlx_lm_gradient_checkpointing_uses_the_norm_of_the_step(bits):
     class Block(DoRALinear):
         pass
 
@@ -272,9 +289,9 @@ def test_mlx_lm_gradient_checkpointing_uses_the_norm_of_the_step():
             layer.__class__ = Block
         return hoisted_step(model, optimizer, x)
 
-    expected = run_steps(plain_step)
+    expected = run_steps(plain_step, bits)
     grad_checkpoint(Block.from_base(nn.Linear(2, 2)))
-    np.testing.assert_allclose(run_steps(step), expected, rtol=1e-5)
+    np.testing.assert_allclose(run_steps(step, bits), expected, rtol=1e-5)
 
 
 def test_asking_for_the_norm_does_not_run_the_backward_of_a_checkpoint():
@@ -284,7 +301,7 @@ def test_asking_for_the_norm_does_not_run_the_backward_of_a_checkpoint():
 
     def forward(parameters, x):
         layer.update(parameters)
-        calls.append(layer._can_hoist)
+        calls.append(layer._block.usable)
         return layer(x)
 
     def loss(parameters):
@@ -293,3 +310,127 @@ def test_asking_for_the_norm_does_not_run_the_backward_of_a_checkpoint():
     with hoisted_norms(layer):
         mx.grad(loss)(layer.trainable_parameters())
     assert calls == [None, True]
+
+
+# Norms at first use: what is known without reading W, and what shares the product's reading.
+
+
+@pytest.mark.parametrize("length", [0, 0.3, 0.8, 0.99, 1, 1.3, 3])
+def test_no_norm_cancels_more_than_the_lengths_allow(length):
+    # Whatever the direction: row 0 is undone as far as this length can, the others at random.
+    mx.random.seed(4)
+    a, b = mx.random.normal((64, 3)), mx.random.normal((3, 20))
+    rows = mx.random.normal((20, 64))
+    change = b.T @ a.T
+    rows[0] = -change[0]
+    ratio = mx.linalg.norm(rows, axis=1) / mx.linalg.norm(change, axis=1)
+    base = nn.Linear(64, 20, bias=False)
+    base.weight = rows
+    norm, update = RowNorm(base), Update(a, b * ratio, length)
+    _, kappa = norm.with_cancellation(update)
+    bound = norm.cancellation_bound(update).item()
+    assert kappa.max().item() <= bound * (1 + 1e-4)
+    # Two lengths that are the same can leave nothing; all others leave something.
+    assert may_cancel([(norm, update)]) == [length in (0.99, 1)]
+    # The bound is no larger than it has to be: row 0 reaches it.
+    if length < 0.9:
+        assert kappa[0].item() == pytest.approx(bound, rel=1e-3)
+
+
+def test_a_block_computes_norms_that_may_cancel_directly():
+    weight, update = cancelling(0.01)
+    base = nn.Linear(512, 96, bias=False)
+    base.weight = weight
+    safe, cancels = DoRALinear.from_base(nn.Linear(512, 96)), DoRALinear.from_base(base)
+    cancels.lora_a, cancels.lora_b = update.a, update.b
+    with hoisted_norms(nn.Sequential(safe, cancels)):
+        assert safe._hoisted_norm is None, "nothing to read W for before the first call"
+        errors, kappa = relative_errors(cancels.norm(), weight, update)
+    assert (errors <= np.where(kappa <= 100, 5e-7 * kappa, 2e-7 * np.sqrt(kappa))).all()
+
+
+def packed_layer(width=256, out=96, bits=4):
+    mx.random.seed(6)
+    base = nn.Linear(width, out).to_quantized(64, bits)
+    return moved(DoRALinear.from_base(base, rank=3), by=0.03)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_shared_reading_computes_the_same_product_bit_for_bit(bits, monkeypatch):
+    # Blocks of 20 rows: 96 rows leave a last block that is not full.
+    monkeypatch.setattr(frozen_product, "BLOCK_VALUES", 20 * 256)
+    layer = packed_layer(bits=bits)
+    x = mx.random.normal((2, 5, 256))
+    assert shares_reading(x, layer.base)
+    reading = SharedReading(layer.base, layer.lora_a)
+    assert mx.array_equal(reading.product(x), frozen_product.frozen_product(x, layer.base))
+    expected = dense64(layer.base) @ as64(layer.lora_a)
+    np.testing.assert_allclose(as64(reading.constant_product), expected, atol=1e-5)
+
+
+def test_sixteen_bit_activations_do_not_round_the_norm():
+    layer = packed_layer()
+    x = mx.random.normal((10, 256)).astype(mx.bfloat16)
+    assert not shares_reading(x, layer.base)
+    with hoisted_norms(layer):
+        layer(x)
+        assert is_right(layer, layer._hoisted_norm)
+
+
+def test_a_block_reads_the_weight_once_for_all_its_norms(monkeypatch):
+    # Micro-batches, and the second forward of mx.checkpoint, find the norm of the first call.
+    layer = packed_layer()
+    readings = []
+
+    class Counted(SharedReading):
+        def __init__(self, *arguments):
+            readings.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(linear_layers, "SharedReading", Counted)
+
+    def loss(parameters, x):
+        def forward(parameters, x):
+            layer.update(parameters)
+            return layer(x)
+
+        return mx.checkpoint(forward)(parameters, x).square().sum()
+
+    parameters = layer.trainable_parameters()
+    with hoisted_norms(layer):
+        for _ in range(3):
+            mx.eval(mx.value_and_grad(loss)(parameters, mx.random.normal((9, 256))))
+        layer.update(parameters)
+    assert len(readings) == 1
+    layer(mx.random.normal((9, 256)))
+    assert len(readings) == 2, "outside of a block every forward has a norm of its own"
+
+
+def test_a_norm_that_a_compiled_function_was_first_to_need_can_be_used_after_it():
+    # Its trace has no values, and a norm that hung on x would have none afterwards.
+    layer = packed_layer()
+    x = mx.random.normal((9, 256))
+    expected = layer(x)
+    with hoisted_norms(layer):
+        assert mx.allclose(mx.compile(layer)(x), expected, rtol=1e-5, atol=1e-5)
+        assert mx.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_does_not_bring_the_dequantized_weight_with_it(monkeypatch):
+    # Blocks of 256 KiB; all of W dequantized is 4 MiB.
+    monkeypatch.setattr(frozen_product, "BLOCK_VALUES", 2**16)
+    layer = packed_layer(width=1024, out=1024)
+    x = mx.random.normal((8, 1024))
+
+    def peak(function):
+        gradient = mx.value_and_grad(lambda x: function(x).square().sum())
+        mx.eval(gradient(x))
+        before = mx.get_active_memory()
+        limit = mx.set_memory_limit(before + 2**18)
+        mx.reset_peak_memory()
+        mx.eval(gradient(x))
+        mx.set_memory_limit(limit)
+        return mx.get_peak_memory() - before
+
+    without_norm = peak(lambda x: frozen_product.frozen_product(x, layer.base))
+    assert peak(layer) < without_norm + 2**20

@@ -219,7 +219,7 @@ def test_the_op_takes_the_kernel_where_it_can_and_works_in_float32(
     case = RowNormCase("affine", 4, 64, mx.bfloat16, 40, 320, 4)
     base, (lora_a, lora_b) = case.base(), (array.astype(mx.bfloat16) for array in case.update())
     on_the_host(monkeypatch)
-    monkeypatch.setattr(module, "use_metal", lambda: True)
+    monkeypatch.setattr(module, "kernel_runs", lambda name, trial: True)
     monkeypatch.setattr(module, "reference_packed_row_norm", None)
     norms = module.packed_row_norm(base, lora_a, lora_b, SCALE)
     assert norms.dtype == mx.float32
@@ -231,7 +231,7 @@ def test_the_op_takes_the_kernel_where_it_can_and_works_in_float32(
 def test_the_kernel_serves_packed_weights_where_metal_is(
     metal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "use_metal", lambda: metal)
+    monkeypatch.setattr(module, "kernel_runs", lambda name, trial: metal)
     for case in ROW_NORM_CASES[::9]:
         assert module.kernel_serves(case.base()) == metal
     assert not module.kernel_serves(nn.Linear(4, 4))
@@ -244,7 +244,7 @@ def test_the_op_is_a_constant_of_the_backward(
 ) -> None:
     case = RowNormCase("affine", 4, 64, mx.float32, 8, 64, 2)
     base, (lora_a, lora_b) = case.base(), case.update()
-    monkeypatch.setattr(module, "use_metal", lambda: metal)
+    monkeypatch.setattr(module, "kernel_runs", lambda name, trial: metal)
 
     def loss(a: mx.array, b: mx.array) -> mx.array:
         return (module.packed_row_norm(base, a, b, SCALE) * b.sum(axis=0)).sum()

@@ -188,6 +188,46 @@ def frozen_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
     return _blocked_product_transposed(d, base)
 
 
+class SharedReading:
+    """Products of W with a constant and then with x from one dequantization of every block.
+
+    For the forward of an ``mx.custom_function``; its backward must not use it, because what
+    autodifferentiation would keep is all of W, dequantized.
+
+    Args:
+        base: A quantized layer for which ``shares_reading`` holds.
+        constant: ``[in, n]`` float32.
+
+    Attributes:
+        constant_product: ``W constant``: ``[out, n]``. It depends on nothing else.
+    """
+
+    def __init__(self, base: nn.Module, constant: mx.array):
+        self._weights = [weight_rows(base, *block, mx.float32) for block in row_blocks(base)]
+        self._parts = [weight @ constant for weight in self._weights]
+        self.constant_product = mx.concatenate(self._parts)
+
+    def product(self, x: mx.array) -> mx.array:
+        """``x W^T``: ``[..., in] -> [..., out]``, as ``frozen_product`` computes it; once."""
+        columns: list[mx.array] = []
+        while self._weights:
+            # Taken from the lists: whatever refers to a block keeps it in memory.
+            column, part = x @ self._weights.pop(0).T, self._parts.pop(0)
+            columns += mx.depends([column], [part])
+            (x,) = mx.depends([x], [columns[-1]])
+        return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
+
+
+def shares_reading(x: mx.array, base: nn.Module) -> bool:
+    """Whether to read W costs so much that two products with it should share it.
+
+    So it is where a packed weight is dequantized for a product. The rows would be rounded to a
+    16-bit type of x, so these do not share.
+    """
+    packed = is_quantized(base) and len(weight_shape(base)) == 2
+    return packed and _in_blocks(x) and x.dtype == mx.float32
+
+
 def frozen_convolution(x: mx.array, weight: mx.array, base: nn.Module) -> mx.array:
     """``x`` convolved with ``weight`` the way ``base`` does it, without the bias.
 

@@ -14,11 +14,11 @@ one pass of 4 bytes per element, under 0.5 % of a training step by the same coun
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from dora_mlx.kernels.metal_dispatch import use_metal
+from dora_mlx.kernels.metal_dispatch import kernel_runs
 
 # Tokens per threadgroup: its partial sums cost 4 / BLOCK_TOKENS bytes per element to write.
 BLOCK_TOKENS = 64
@@ -89,19 +89,25 @@ def gain_backward(
     The tests run the kernel's own source thread by thread on the host. What that cannot show:
     that Apple's compiler takes it, and how long it takes.
     """
-    if use_metal():
+    if kernel_serves(cotangent, y):
         return metal_gain_backward(cotangent, y, magnitude, norm)
     return reference_gain_backward(cotangent, y, magnitude, norm)
+
+
+def kernel_serves(cotangent: mx.array, y: mx.array) -> bool:
+    """Whether ``gain_backward`` runs its kernel for these types, here and now."""
+    return kernel_runs(f"gain_backward {cotangent.dtype} {y.dtype}", lambda: _trial(cotangent, y))
 
 
 def reference_gain_backward(
     cotangent: mx.array, y: mx.array, magnitude: mx.array, norm: mx.array
 ) -> tuple[mx.array, mx.array]:
     """``gain_backward`` in plain ops."""
-    d_direction = ((magnitude / norm) * cotangent).astype(cotangent.dtype)
     products = cotangent.astype(mx.float32) * y.astype(mx.float32)
-    sums = products.reshape(-1, y.shape[-1]).sum(axis=0)
-    return d_direction, _per_magnitude(sums, magnitude)
+    d_magnitude = _per_magnitude(products.reshape(-1, y.shape[-1]).sum(axis=0), magnitude)
+    # After that y is needed no more, and what follows may have its memory.
+    (cotangent,) = mx.depends([cotangent], [d_magnitude])
+    return ((magnitude / norm) * cotangent).astype(cotangent.dtype), d_magnitude
 
 
 def metal_gain_backward(
@@ -134,9 +140,39 @@ def metal_gain_backward(
     return d_direction.reshape(cotangent.shape), _per_magnitude(sums, magnitude)
 
 
+def expert_gain_backward(
+    cotangent: mx.array, y: mx.array, magnitude: mx.array, norm: mx.array, experts: mx.array
+) -> tuple[mx.array, mx.array]:
+    """``gain_backward`` where every ``[1, out]`` of y takes the row of m that ``experts`` names.
+
+    Args:
+        cotangent: dL/dy ``[..., 1, out]``.
+        y: ``[..., 1, out]``.
+        magnitude: m ``[experts, out]`` float32.
+        norm: n ``[experts, out]`` float32.
+        experts: ``[...]``.
+    """
+    products = (cotangent.astype(mx.float32) * y.astype(mx.float32)).reshape(-1, y.shape[-1])
+    sums = mx.zeros(magnitude.shape).at[experts.flatten()].add(products)
+    d_direction = (magnitude / norm)[experts][..., None, :] * cotangent
+    return d_direction.astype(cotangent.dtype), _per_magnitude(sums, magnitude)
+
+
 def _per_magnitude(sums: mx.array, magnitude: mx.array) -> mx.array:
-    # A row of zeros has m = 0 and y = 0: its magnitude gets no gradient instead of NaN.
+    """``sums / magnitude``, and 0 where m = 0: there y = 0, and the gradient would be NaN."""
     return mx.where(magnitude == 0, 0, sums / mx.where(magnitude == 0, 1, magnitude))
+
+
+def _trial(cotangent: mx.array, y: mx.array) -> float:
+    """Error of the kernel for these types, by what rounding explains: two blocks and tiles."""
+    tokens, outputs = BLOCK_TOKENS + 3, _SIMD_WIDTH * LANE_COLUMNS + 5
+    wave = mx.sin(mx.arange(tokens * outputs, dtype=mx.float32)).reshape(tokens, outputs)
+    magnitude = 2 + mx.cos(mx.arange(outputs, dtype=mx.float32))
+    arguments = wave.astype(cotangent.dtype), (wave[::-1] + 1).astype(y.dtype), magnitude, magnitude
+    pairs = zip(metal_gain_backward(*arguments), reference_gain_backward(*arguments), strict=True)
+    errors = [mx.abs(ours - theirs).max() / mx.abs(theirs).max() for ours, theirs in pairs]
+    # Both round dL/dh alike; the sums differ in the order of their float32 terms.
+    return cast(float, mx.maximum(errors[0] / 2**-7, errors[1] / 1e-5).item())
 
 
 @cache

@@ -15,13 +15,13 @@ weight. The multiply-adds, ``in * out * rank``, are those of the factored form's
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import BLOCK_VALUES, is_quantized, weight_rows
-from dora_mlx.kernels.metal_dispatch import use_metal
+from dora_mlx.kernels.frozen_product import BLOCK_VALUES, is_quantized, weight_dtype, weight_rows
+from dora_mlx.kernels.metal_dispatch import kernel_runs
 
 # Output rows per SIMD group: each value of A read from threadgroup memory serves this many.
 ROWS = 4
@@ -225,7 +225,7 @@ def packed_row_norm(base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: 
     """
     lora_a = mx.stop_gradient(lora_a).astype(mx.float32)
     update_b = scale * mx.stop_gradient(lora_b).astype(mx.float32)
-    if use_metal():
+    if kernel_serves(base):
         return metal_packed_row_norm(base, lora_a, update_b)
     return reference_packed_row_norm(base, lora_a, update_b)
 
@@ -236,7 +236,12 @@ def kernel_serves(base: nn.Module) -> bool:
     Then it costs what the factored form does and is exact. Its reference costs more than the
     factored form, so elsewhere only rows that cancel should be given to it.
     """
-    return use_metal() and is_quantized(base) and base.mode in _DECODING
+    if not is_quantized(base) or base.mode not in _DECODING:
+        return False
+    return kernel_runs(
+        f"packed_row_norm {base.mode} {base.bits} {base.group_size} {base['scales'].dtype}",
+        lambda: _trial(base),
+    )
 
 
 def reference_packed_row_norm(base: nn.Module, lora_a: mx.array, update_b: mx.array) -> mx.array:
@@ -309,6 +314,27 @@ def _expert_scale(base: nn.Module, experts: int) -> mx.array:
         return mx.ones(experts)
     # mx.quantize divides by the largest product of an e4m3 scale and an e2m1 value.
     return mx.broadcast_to(scale.astype(mx.float32).flatten() / (448 * 6), (experts,))
+
+
+def _trial(base: nn.Module) -> float:
+    """Error of the kernel for weights quantized as in ``base``, by what rounding explains.
+
+    Rows, inputs and ranks are one tile and a part of the next.
+    """
+    outputs, inputs, rank = ROWS * SIMD_GROUPS + 1, 3 * 128, TILE_RANKS + 1
+    wave = mx.sin(mx.arange(outputs * inputs, dtype=mx.float32)).reshape(outputs, inputs)
+    tiny = nn.Module()
+    tiny.mode, tiny.bits, tiny.group_size = base.mode, base.bits, base.group_size
+    tiny.weight, tiny.scales, *biases = mx.quantize(
+        wave.astype(weight_dtype(base)), base.group_size, base.bits, mode=base.mode
+    )
+    tiny.biases = biases[0] if biases else None
+    lora_a, update_b = wave.T[:, :rank] / rank, wave[-rank:, :outputs]
+    ours = metal_packed_row_norm(tiny, lora_a, update_b)
+    with mx.stream(mx.cpu):
+        # A GPU may multiply matrices with fewer digits than the kernel has.
+        theirs = reference_packed_row_norm(tiny, lora_a, update_b)
+    return cast(float, mx.abs(ours / theirs - 1).max().item()) / 1e-5
 
 
 @cache

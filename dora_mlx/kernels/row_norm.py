@@ -15,13 +15,19 @@ grows with the digits that cancel between them. It stays below about 5e-7 kappa,
 
 (3e-6 kappa where a device multiplies float32 matrices in TF32). Vectors without a common
 direction have kappa <= 2; beyond ``CANCELLATION_LIMIT`` an update undoes most of its row. Such
-norms are taken from the sum itself by ``safe_norms``. ``AdaptedNorm.factored`` cannot look at
-values, so that it can be compiled and differentiated, and has the bound alone.
+norms are taken from the sum itself by ``safe_norms``. Since n >= | ||w|| - s ||d|| |, the lengths
+alone tell, without reading W, where kappa cannot be that large: ``may_cancel``.
+``AdaptedNorm.factored`` cannot look at values, so that it can be compiled and differentiated,
+and has the bound alone.
+
+Where Metal runs, the norms of packed rows come from ``packed_row_norm``, which loses no digits.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +43,7 @@ from dora_mlx.kernels.frozen_product import (
     weight_rows,
     weight_shape,
 )
+from dora_mlx.kernels.packed_row_norm import kernel_serves, packed_row_norm
 
 CANCELLATION_LIMIT = 100.0
 # Partial sums of this many squares keep float32 rounding near that of a pairwise sum.
@@ -106,23 +113,39 @@ class AdaptedNorm(ABC):
         self._sources: list[mx.array] = []
         self._square_sums = mx.zeros(0)
 
-    def factored(self, update: Update) -> mx.array:
-        """The norms by the factored sum, as constants of the backward pass.
+    def of(self, update: Update) -> mx.array:
+        """The norms in the way that is best here, as constants of the backward pass.
 
         DoRA, arXiv 2402.09353, section 4.3: the norm follows the update but gets no gradient.
         """
-        return mx.sqrt(self._squares(update)[0])
-
-    def with_cancellation(self, update: Update) -> tuple[mx.array, mx.array]:
-        """What ``factored`` gives, bit for bit, and kappa of every norm."""
-        squares, update_squares = self._squares(update)
-        update_norm = update.scale * mx.sqrt(mx.maximum(update_squares, 0))
-        kappa = mx.square(mx.sqrt(self.square_sums()) + update_norm) / squares
-        return mx.sqrt(squares), kappa
+        return self.factored(update)
 
     def without_update(self) -> mx.array:
-        """``||W||``: what ``factored`` gives for B = 0, bit for bit."""
+        """``||W||``: what ``of`` gives for B = 0, bit for bit."""
         return mx.sqrt(mx.maximum(self.square_sums(), _SMALLEST_SQUARE))
+
+    def factored(self, update: Update, cross: mx.array | None = None) -> mx.array:
+        """The norms by the factored sum, as constants of the backward pass.
+
+        Args:
+            update: Of which the norms follow.
+            cross: U, where it is there already.
+        """
+        return mx.sqrt(self._squares(update.constant(), cross)[0])
+
+    def with_cancellation(self, update: Update) -> tuple[mx.array, mx.array]:
+        """What ``of`` gives, bit for bit, and kappa of every norm (0 if no digits are lost)."""
+        squares, update_squares = self._squares(update.constant())
+        lengths = mx.sqrt(self.square_sums()) + mx.sqrt(mx.maximum(update_squares, 0))
+        kappa = mx.square(lengths) / squares
+        return mx.sqrt(squares), kappa
+
+    def cancellation_bound(self, update: Update) -> mx.array:
+        """What no kappa can exceed, without reading W: a scalar."""
+        _, update_squares = self._factors(update.constant())
+        of_rows, of_update = mx.sqrt(self.square_sums()), mx.sqrt(mx.maximum(update_squares, 0))
+        least = mx.maximum(mx.abs(of_rows - of_update), math.sqrt(_SMALLEST_SQUARE))
+        return mx.square((of_rows + of_update) / least).max()
 
     def square_sums(self) -> mx.array:
         """``||w||^2`` of every row or column: float32, added up in two levels."""
@@ -139,14 +162,18 @@ class AdaptedNorm(ABC):
         names = ("weight", "scales", "biases", "global_scale")
         return [self.base[name] for name in names if self.base.get(name) is not None]
 
-    def _squares(self, update: Update) -> tuple[mx.array, mx.array]:
-        """``||w + s d||^2`` and ``||d||^2``."""
-        update = update.constant()
-        cross, gram, own = self._terms(update)
-        update_squares = (own * (gram @ own)).sum(axis=-2)
-        change = 2 * (own * cross).sum(axis=-2) + update.scale * update_squares
-        squares = self.square_sums() + update.scale * change
-        return mx.maximum(squares, _SMALLEST_SQUARE), update_squares
+    def _squares(self, update: Update, cross: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """``||w + s d||^2`` and ``||s d||^2``."""
+        own, update_squares = self._factors(update)
+        cross = self._cross(update) if cross is None else cross
+        change = 2 * update.scale * (own * cross).sum(axis=-2) + update_squares
+        return mx.maximum(self.square_sums() + change, _SMALLEST_SQUARE), update_squares
+
+    def _factors(self, update: Update) -> tuple[mx.array, mx.array]:
+        """The factor ``[..., rank, rows or columns]`` that tells them apart, and ``||s d||^2``."""
+        shared, own = self._shared_and_own(update)
+        squares = (own * ((shared @ shared.swapaxes(-1, -2)) @ own)).sum(axis=-2)
+        return own, update.scale**2 * squares
 
     @abstractmethod
     def direct(self, update: Update, chosen: mx.array) -> mx.array:
@@ -156,12 +183,41 @@ class AdaptedNorm(ABC):
     def _sum_squares(self) -> mx.array: ...
 
     @abstractmethod
-    def _terms(self, update: Update) -> tuple[mx.array, mx.array, mx.array]:
-        """U, the Gram matrix of one factor, and the other ``[..., rank, rows or columns]``."""
+    def _cross(self, update: Update) -> mx.array:
+        """U ``[..., rank, rows or columns]``: the one thing that needs all of W."""
+
+    @abstractmethod
+    def _shared_and_own(self, update: Update) -> tuple[mx.array, mx.array]:
+        """The factors of the update ``[..., rank, n]``: n counts the terms of a norm, the norms."""
 
 
 class RowNorm(AdaptedNorm):
     """One norm per output: ``[out]`` or ``[experts, out]``."""
+
+    def of(self, update: Update) -> mx.array:
+        """As ``AdaptedNorm`` says."""
+        if not kernel_serves(self.base):
+            return super().of(update)
+        norms = packed_row_norm(self.base, update.a, update.b, update.scale)
+        return mx.maximum(norms, math.sqrt(_SMALLEST_SQUARE))
+
+    def without_update(self) -> mx.array:
+        """As ``AdaptedNorm`` says."""
+        if not kernel_serves(self.base):
+            return super().without_update()
+        *experts, out, width = weight_shape(self.base)
+        return self.of(Update(mx.zeros((*experts, width, 1)), mx.zeros((*experts, 1, out)), 1.0))
+
+    def with_cancellation(self, update: Update) -> tuple[mx.array, mx.array]:
+        """As ``AdaptedNorm`` says."""
+        if not kernel_serves(self.base):
+            return super().with_cancellation(update)
+        norms = self.of(update)
+        return norms, mx.zeros_like(norms)
+
+    def cancellation_bound(self, update: Update) -> mx.array:
+        """As ``AdaptedNorm`` says."""
+        return mx.array(0.0) if kernel_serves(self.base) else super().cancellation_bound(update)
 
     def direct(self, update: Update, chosen: mx.array) -> mx.array:
         """As ``AdaptedNorm`` says."""
@@ -187,9 +243,11 @@ class RowNorm(AdaptedNorm):
             evaluate(sums[-1])
         return mx.concatenate(sums).reshape(leading_shape(self.base))
 
-    def _terms(self, update: Update) -> tuple[mx.array, mx.array, mx.array]:
-        transposed = update.a.swapaxes(-1, -2)
-        return frozen_product(transposed, self.base), transposed @ update.a, update.b
+    def _cross(self, update: Update) -> mx.array:
+        return frozen_product(update.a.swapaxes(-1, -2), self.base)
+
+    def _shared_and_own(self, update: Update) -> tuple[mx.array, mx.array]:
+        return update.a.swapaxes(-1, -2), update.b
 
 
 class ColumnNorm(AdaptedNorm):
@@ -212,9 +270,23 @@ class ColumnNorm(AdaptedNorm):
             evaluate(total)
         return total
 
-    def _terms(self, update: Update) -> tuple[mx.array, mx.array, mx.array]:
-        cross = frozen_product_transposed(update.b, self.base)
-        return cross, update.b @ update.b.T, update.a.T
+    def _cross(self, update: Update) -> mx.array:
+        return frozen_product_transposed(update.b, self.base)
+
+    def _shared_and_own(self, update: Update) -> tuple[mx.array, mx.array]:
+        return update.b, update.a.T
+
+
+def may_cancel(updates: Sequence[tuple[AdaptedNorm, Update]]) -> list[bool]:
+    """For every layer, whether kappa of any of its norms may exceed ``CANCELLATION_LIMIT``.
+
+    That is decided without reading W, at the price of one wait for the device. Inside
+    ``mx.compile`` there are no values to look at, and the answer is no.
+    """
+    bounds = [norm.cancellation_bound(update) for norm, update in updates]
+    if not bounds or not evaluate(*bounds):
+        return [False] * len(bounds)
+    return [cast(float, bound.item()) > CANCELLATION_LIMIT for bound in bounds]
 
 
 def safe_norms(updates: Sequence[tuple[AdaptedNorm, Update]]) -> list[mx.array]:
@@ -223,7 +295,7 @@ def safe_norms(updates: Sequence[tuple[AdaptedNorm, Update]]) -> list[mx.array]:
     Where kappa exceeds ``CANCELLATION_LIMIT``, a norm comes from the sum itself, whose relative
     error is about 1e-7 sqrt(kappa). Looking for such rows costs one maximum per layer and one
     wait for the device. Inside ``mx.compile`` there are no values to look at, and the norms are
-    the factored ones.
+    those of ``AdaptedNorm.of``.
     """
     pairs = [norm.with_cancellation(update) for norm, update in updates]
     if not pairs:

@@ -9,13 +9,15 @@ paper's column norm in MLX's weight layout) and gets no gradient (section 4.3).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from dora_mlx.kernels.frozen_product import on_cpu
-from dora_mlx.kernels.row_norm import AdaptedNorm, RowNorm, evaluate, safe_norms
+from dora_mlx.kernels.gain_backward import expert_gain_backward, gain_backward
+from dora_mlx.kernels.row_norm import AdaptedNorm, RowNorm, evaluate, may_cancel, safe_norms
 from dora_mlx.layers.lora import LowRankLayer, Terms
 
 
@@ -26,6 +28,7 @@ def dora_product(
     norm: mx.array,
     bias: mx.array | None = None,
     experts: mx.array | None = None,
+    forward: Terms | None = None,
 ) -> mx.array:
     """``m / norm * (frozen + update)``: ``[..., out]`` in the dtype of ``frozen``.
 
@@ -36,22 +39,22 @@ def dora_product(
         norm: ``||W + s (A B)^T||``, float32 and shaped as m; a constant here.
         bias: The bias ``[out]`` that ``frozen`` contains, which is not to be scaled.
         experts: Which row of m each ``[1, out]`` of the output takes, ``[...]``.
+        forward: Another way to what ``terms`` gives, for the forward alone; not kept after it.
 
     Differentiable in the inputs and m. The sum and the gain are float32 and only y is rounded, so
     that a magnitude change of 0.1 % moves a bfloat16 output; rounded before the gain, it would
     round back to where it was. The backward keeps the inputs and y, and nothing of the size of W:
     y is linear in m, hence dL/dm_j = sum_t d_tj y_tj / m_j.
     """
-
-    def gain_of(magnitude: mx.array) -> mx.array:
-        gain = magnitude / norm
-        return gain if experts is None else gain[experts][..., None, :]
+    forward = terms if forward is None else forward
 
     @mx.custom_function
     def product(magnitude: mx.array, *inputs: mx.array) -> mx.array:
+        gain = magnitude / norm
+        gain = gain if experts is None else gain[experts][..., None, :]
         # Elementwise and in one pass where that needs no C++ compiler at run time.
         apply = _apply_gain if on_cpu() else _fused_apply_gain
-        return apply(*terms(*inputs), gain_of(magnitude), bias)
+        return apply(*forward(*inputs), gain, bias)
 
     @product.vjp
     def product_vjp(
@@ -59,17 +62,12 @@ def dora_product(
     ) -> tuple[mx.array, ...]:
         magnitude, *own_inputs = primals
         scaled = y if bias is None else y - bias
-        products = cotangent.astype(mx.float32) * scaled.astype(mx.float32)
-        products = products.reshape(-1, y.shape[-1])
         if experts is None:
-            sums = products.sum(axis=0)
+            d_direction, d_magnitude = gain_backward(cotangent, scaled, magnitude, norm)
         else:
-            sums = mx.zeros(magnitude.shape).at[experts.flatten()].add(products)
-        # A row of zeros may have m = 0, and then y = 0: no gradient instead of NaN.
-        d_magnitude = mx.where(magnitude == 0, 0, sums / mx.where(magnitude == 0, 1, magnitude))
-        # After that y is needed no more, and the products below may have its memory.
-        (cotangent,) = mx.depends([cotangent], [d_magnitude])
-        d_direction = (gain_of(magnitude) * cotangent).astype(cotangent.dtype)
+            d_direction, d_magnitude = expert_gain_backward(
+                cotangent, scaled, magnitude, norm, experts
+            )
         _, d_inputs = mx.vjp(terms, own_inputs, [d_direction, d_direction])
         return d_magnitude, *d_inputs
 
@@ -91,6 +89,19 @@ def _apply_gain(
 _fused_apply_gain = mx.compile(_apply_gain)
 
 
+@dataclass
+class _Block:
+    """What a layer knows of the block of ``hoisted_norms`` that it is in.
+
+    Attributes:
+        has_values: Whether A and B had values at entry, which they have not in ``mx.compile``.
+        usable: Whether a norm may serve several calls; not asked before the first.
+    """
+
+    has_values: bool
+    usable: bool | None = None
+
+
 class DoRA(LowRankLayer):
     """``m / norm * (base + update)``, with a parameter ``magnitude``.
 
@@ -104,20 +115,34 @@ class DoRA(LowRankLayer):
         super().__init__(base, rank, alpha, dropout)
         self._norm_of_base = self.norm_type(base)
         self._hoisted_norm: mx.array | None = None
-        self._can_hoist: bool | None = None
+        self._block: _Block | None = None
         self.magnitude = self._norm_of_base.without_update()
 
     def norm(self) -> mx.array:
-        """``||W + s (A B)^T||`` as it is now, or as it was at the start of ``hoisted_norms``."""
-        hoisted = self._hoisted_norm
-        if hoisted is not None and self._can_hoist is None:
+        """``||W + s (A B)^T||`` as it is now, or within ``hoisted_norms``."""
+        known = self._known_norm()
+        return self._keep(self._adapted_norm().of(self._update())) if known is None else known
+
+    def _known_norm(self) -> mx.array | None:
+        """The norm that the block of ``hoisted_norms`` has for this layer, if there is one."""
+        if self._block is None:
+            return None
+        if self._block.usable is None:
             # A compiled function takes A and B as arguments and may outlive the block: a norm
             # that is not an argument as well would be a constant in it. Asked at the first call
             # only, because in the backward of mx.checkpoint to evaluate A is to run the backward.
-            self._can_hoist = evaluate(self.lora_a, self.lora_b) or not evaluate(hoisted)
-        if hoisted is None or not self._can_hoist:
-            return self._adapted_norm().factored(self._update())
-        return hoisted
+            self._block.usable = (
+                evaluate(self.lora_a, self.lora_b)
+                or not self._block.has_values
+                or (self._hoisted_norm is not None and not evaluate(self._hoisted_norm))
+            )
+        return self._hoisted_norm if self._block.usable else None
+
+    def _keep(self, norm: mx.array) -> mx.array:
+        """``norm``, which further calls in the block will find."""
+        if self._block is not None and self._block.usable:
+            self._hoisted_norm = norm
+        return norm
 
     def _combine(
         self,
@@ -145,32 +170,34 @@ class DoRA(LowRankLayer):
 
 @contextmanager
 def hoisted_norms(model: nn.Module) -> Iterator[None]:
-    """Within the block, every DoRA layer of ``model`` uses the norm it has at entry.
+    """Within the block, every DoRA layer of ``model`` computes its norm once, at its first call.
 
     The norm depends on A, B and W only, so an optimizer step needs it once however many
     micro-batches it accumulates, and generation needs it once per answer. Outside of a block it
     is computed in every forward: there is nothing that could outlive the parameters.
 
-    Compiled functions follow the parameters as well: one that takes the whole ``model.state``
-    takes the norms with it, and one that takes parameters only, and is traced before other calls
-    in the block, computes the norms itself.
+    Compiled functions follow the parameters as well: they compute the norms themselves, unless
+    they take the whole ``model.state`` and the norms with it.
 
-    Here, and only here, norms whose factored sum cancels are computed directly
-    (``kernels/row_norm.py``).
+    Here, and only here, norms whose factored sum may cancel are computed at entry, directly where
+    they do (``kernels/row_norm.py``).
 
     Raises:
         RuntimeError: At the end of the block, if A, B or W of a layer changed within it.
     """
     layers = [module for _, module in model.named_modules() if isinstance(module, DoRA)]
     before = [array for layer in layers for array in layer._state()]
-    norms = safe_norms([(layer._adapted_norm(), layer._update()) for layer in layers])
-    for layer, norm in zip(layers, norms, strict=True):
-        layer._hoisted_norm, layer._can_hoist = norm, None
+    updates = [(layer._adapted_norm(), layer._update()) for layer in layers]
+    at_risk = [i for i, risk in enumerate(may_cancel(updates)) if risk]
+    norms = dict(zip(at_risk, safe_norms([updates[i] for i in at_risk]), strict=True))
+    has_values = evaluate(*before)
+    for i, layer in enumerate(layers):
+        layer._block, layer._hoisted_norm = _Block(has_values), norms.get(i)
     try:
         yield
     finally:
         for layer in layers:
-            layer._hoisted_norm = None
+            layer._block = layer._hoisted_norm = None
     after = [array for layer in layers for array in layer._state()]
     if not _equal(before, after):
         raise RuntimeError(

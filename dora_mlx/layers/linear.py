@@ -3,9 +3,15 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import frozen_product, is_quantized, weight_shape
-from dora_mlx.layers.dora import DoRA
-from dora_mlx.layers.lora import LoRA, LowRankLayer, uniform
+from dora_mlx.kernels.frozen_product import (
+    SharedReading,
+    frozen_product,
+    is_quantized,
+    shares_reading,
+    weight_shape,
+)
+from dora_mlx.layers.dora import DoRA, dora_product
+from dora_mlx.layers.lora import LoRA, LowRankLayer, Terms, uniform
 
 
 class _AdaptedLinear(LowRankLayer):
@@ -27,13 +33,17 @@ class _AdaptedLinear(LowRankLayer):
     def _terms(
         self, x: mx.array, low_rank: mx.array, lora_b: mx.array
     ) -> tuple[mx.array, mx.array]:
-        return frozen_product(x, self.base), low_rank @ (self.scale * lora_b).astype(x.dtype)
+        return frozen_product(x, self.base), self._mixed(low_rank, lora_b)
 
     def _terms_with_bias(
         self, x: mx.array, low_rank: mx.array, lora_b: mx.array
     ) -> tuple[mx.array, mx.array]:
         weight, bias = mx.stop_gradient(self.base.weight), mx.stop_gradient(self.base.bias)
-        return mx.addmm(bias, x, weight.T), low_rank @ (self.scale * lora_b).astype(x.dtype)
+        return mx.addmm(bias, x, weight.T), self._mixed(low_rank, lora_b)
+
+    def _mixed(self, low_rank: mx.array, lora_b: mx.array) -> mx.array:
+        """``s (x A) B`` of x A."""
+        return low_rank @ (self.scale * lora_b).astype(low_rank.dtype)
 
 
 class LoRALinear(LoRA, _AdaptedLinear):
@@ -48,3 +58,22 @@ class DoRALinear(DoRA, _AdaptedLinear):
 
     Parameters: ``lora_a [in, rank]``, ``lora_b [rank, out]`` and ``magnitude [out]``, float32.
     """
+
+    def _combine(
+        self,
+        terms: Terms,
+        inputs: tuple[mx.array, ...],
+        bias: mx.array | None = None,
+        experts: mx.array | None = None,
+    ) -> mx.array:
+        if self._known_norm() is not None or not shares_reading(inputs[0], self.base):
+            return super()._combine(terms, inputs, bias, experts)
+        # The norm is needed after the product with x, and of W it needs a product as well.
+        update = self._update().constant()
+        reading = SharedReading(self.base, update.a)
+        norm = self._keep(self._adapted_norm().factored(update, reading.constant_product.T))
+
+        def forward(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> tuple[mx.array, mx.array]:
+            return reading.product(x), self._mixed(low_rank, lora_b)
+
+        return dora_product(terms, inputs, self.magnitude, norm, forward=forward)
