@@ -1,10 +1,12 @@
 """What the tabs share: folders and processes of the server, and state of one page."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import gradio as gr
 
+from app.exports import Exports
 from app.run_watch import RunWatch
 from app.trainings import Trainings
 from app.workers import Worker
@@ -23,6 +25,7 @@ class Context:
         data: Worker for data files and memory plans.
         chat: Worker that holds the model one talks to.
         export: Worker that merges and writes models.
+        inspection: Worker that measures what a run changed.
     """
 
     runs_dir: Path
@@ -33,6 +36,12 @@ class Context:
     data: Worker = field(default_factory=lambda: Worker("data"))
     chat: Worker = field(default_factory=lambda: Worker("chat"))
     export: Worker = field(default_factory=lambda: Worker("export"))
+    inspection: Worker = field(default_factory=lambda: Worker("inspection"))
+
+    @cached_property
+    def exports(self) -> Exports:
+        """The export that is under way, or was last."""
+        return Exports(self.exports_dir, self.export)
 
     @property
     def uploads_dir(self) -> Path:

@@ -6,7 +6,7 @@ calls. It imports MLX; the server never does. It ends with the server, however t
 
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import Any
@@ -45,7 +45,7 @@ class Worker:
             self._send("call", function, arguments)
             return self._answer()[1]
 
-    def stream(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    def stream(self, function: Callable[..., Any], *arguments: Any) -> Generator[Any, None, None]:
         """What the generator ``function(*arguments)`` yields in the worker, as it comes.
 
         Closing this iterator ends the generator at its next yield.

@@ -1,18 +1,238 @@
-"""The tab Chat."""
+"""The tab Chat: the adapted model and its base side by side, from one set of weights."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import gradio as gr
 
+from app import work
+from app.connect import connect
 from app.context import Context, Page
+from app.run_picker import keep_runs, no_run, run_dropdown
+from app.sampling import sampling_controls, sampling_from
+from app.views import chat as view
 from app.views import html
+from dora_mlx import UserError, find_run
+
+Turn = dict[str, str]
+
+_BEST = "best"
 
 
 def build(context: Context, page: Page) -> None:
     """Make the tab's components and wire them."""
     with gr.Column(elem_classes="card"):
-        gr.HTML(html.heading("Chat"))
-        gr.HTML(
-            html.empty(
-                "No trained run yet",
-                "Train a run first, then compare its answers with those of the base model.",
-            )
+        gr.HTML(html.heading("Chat", "the same question, with and without the adapter"))
+        nothing = no_run(
+            "chat-empty", "Train a run first, then compare its answers with those of its base."
         )
+        with gr.Column(visible=False, elem_classes="bare") as body:
+            ui = _body()
+    _wire(context, page, ui, nothing, body)
+
+
+def _body() -> dict[str, Any]:
+    with gr.Row(elem_classes="columns", equal_height=False):
+        run = run_dropdown("chat-run", scale=3, min_width=220)
+        state = gr.Dropdown(
+            [("Best adapter", _BEST)],
+            value=_BEST,
+            label="State",
+            elem_id="chat-state",
+            scale=2,
+            min_width=160,
+        )
+        with_base = gr.Checkbox(
+            True, label="Base model beside it", elem_id="chat-base-too", scale=1, min_width=160
+        )
+    with gr.Row(elem_classes="columns"):
+        with gr.Column(min_width=300, elem_classes="bare"):
+            adapted_who = gr.HTML(view.who("Adapted", ""))
+            adapted = _chatbot("chat-adapted", "Answers of the adapted model")
+        with gr.Column(min_width=300, elem_classes="bare") as base_column:
+            base_who = gr.HTML(view.who("Base", ""))
+            base = _chatbot("chat-base", "Answers of the base model")
+    questions = gr.Dataset(
+        components=[gr.Textbox(visible=False)],
+        samples=[],
+        label="Ask what it was not trained on",
+        visible=False,
+        elem_id="chat-questions",
+    )
+    expected = gr.HTML(elem_id="chat-expected")
+    problem = gr.HTML(elem_id="chat-problem")
+    with gr.Row(elem_classes="ask"):
+        message = gr.Textbox(
+            label="Message",
+            show_label=False,
+            placeholder="Ask something",
+            lines=1,
+            max_lines=8,
+            scale=6,
+            min_width=220,
+            elem_id="chat-message",
+            max_length=100_000,
+        )
+        send = gr.Button("Send", variant="primary", min_width=86, scale=0, elem_id="chat-send")
+        stop = gr.Button("Stop", variant="stop", min_width=80, scale=0, elem_id="chat-stop")
+        again = gr.Button("Regenerate", min_width=110, scale=0, elem_id="chat-again")
+        clear = gr.Button("Clear", min_width=80, scale=0, elem_id="chat-clear")
+    pace = gr.HTML(elem_id="chat-pace")
+    with gr.Accordion("Sampling and system message", open=False, elem_id="chat-sampling"):
+        system = gr.Textbox(
+            label="System message", lines=2, elem_id="chat-system", max_length=100_000
+        )
+        sampling = sampling_controls()
+    return {
+        "run": run, "state": state, "with_base": with_base, "adapted_who": adapted_who,
+        "adapted": adapted, "base_column": base_column, "base_who": base_who, "base": base,
+        "questions": questions, "expected": expected, "problem": problem, "message": message,
+        "send": send, "stop": stop, "again": again, "clear": clear, "pace": pace,
+        "system": system, "sampling": sampling,
+    }  # fmt: skip
+
+
+def _chatbot(elem_id: str, label: str) -> gr.Chatbot:
+    return gr.Chatbot(
+        elem_id=elem_id,
+        label=label,
+        show_label=False,
+        height=380,
+        editable="user",
+        buttons=["copy"],
+        latex_delimiters=[],
+        feedback_options=None,
+        placeholder="",
+        group_consecutive_messages=False,
+    )
+
+
+def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: Any) -> None:
+    held_out = gr.State([])
+
+    def choose(name: str | None) -> Any:
+        """What there is of a run: its kept states, its base, and questions it did not learn."""
+        if not name:
+            return [gr.skip()] * 6
+        folder = find_run(name, context.runs_dir)
+        steps, questions = context.data.call(work.talk_about, folder)
+        states = [("Best adapter", _BEST), *[(f"Step {step}", str(step)) for step in steps]]
+        samples = [[view.question_label(q.messages[-1]["content"])] for q in questions]
+        model = folder.read_config()["options"]["model"].rsplit("/", 1)[-1]
+        return [
+            gr.update(choices=states, value=_BEST), questions,
+            gr.Dataset(samples=samples, visible=bool(samples)), "",
+            view.who("Adapted", name), view.who("Base", model),
+        ]  # fmt: skip
+
+    def pick(questions: list[Any], picked: gr.SelectData) -> Any:
+        question = questions[picked.index if isinstance(picked.index, int) else picked.index[0]]
+        return question.messages[-1]["content"], view.expected(question.answer)
+
+    conversation = [ui["adapted"], ui["base"]]
+    asking = [ui["run"], ui["state"], ui["with_base"], ui["system"], *ui["sampling"].values()]
+    outputs = [*conversation, ui["message"], ui["pace"]]
+    answers = _Answers(context, list(ui["sampling"]))
+    events = [
+        connect(
+            triggers,
+            handler,
+            [*first, *conversation, *asking],
+            outputs,
+            notice=ui["problem"],
+            concurrency_limit=1,
+            concurrency_id="chat",
+        )
+        for triggers, handler, first in (
+            ([ui["send"].click, ui["message"].submit], answers.to_message, [ui["message"]]),
+            ([ui["again"].click], answers.again, []),
+            ([ui["adapted"].edit, ui["base"].edit], answers.to_edited, []),
+        )
+    ]
+    ui["stop"].click(None, None, None, cancels=events, api_visibility="private")
+    connect(ui["clear"].click, lambda: ([], [], "", "", ""), [],
+            [*conversation, ui["message"], ui["expected"], ui["pace"]])  # fmt: skip
+    connect(ui["with_base"].change, lambda on: gr.update(visible=on), [ui["with_base"]],
+            [ui["base_column"]])  # fmt: skip
+    connect(ui["questions"].select, pick, [held_out], [ui["message"], ui["expected"]])
+    connect(ui["run"].change, choose, [ui["run"]],
+            [ui["state"], held_out, ui["questions"], ui["expected"], ui["adapted_who"],
+             ui["base_who"]], notice=ui["problem"])  # fmt: skip
+    keep_runs(context, page, ui["run"], nothing, body)
+
+
+class _Answers:
+    """Handlers that answer: generators of both columns, the message box and the pace."""
+
+    def __init__(self, context: Context, sampling_names: list[str]):
+        self._context = context
+        self._names = sampling_names
+
+    def to_message(self, text: str, adapted: Any, base: Any, *asking: Any) -> Iterator[Any]:
+        """Answer a new message."""
+        if not (text or "").strip():
+            raise UserError("Write a message first.")
+        new = {"role": "user", "content": text}
+        yield from self._answer([*_turns(adapted), new], [*_turns(base), new], *asking)
+
+    def again(self, adapted: Any, base: Any, *asking: Any) -> Iterator[Any]:
+        """Answer the last message again."""
+        question = _up_to_question(_turns(adapted))
+        if not question:
+            raise UserError("There is no message to answer again yet.")
+        yield from self._answer(question, _up_to_question(_turns(base)), *asking)
+
+    def to_edited(
+        self, edited: gr.EditData, adapted: Any, base: Any, *asking: Any
+    ) -> Iterator[Any]:
+        """Answer an earlier message in its new wording; what came after it goes."""
+        place = edited.index if isinstance(edited.index, int) else edited.index[0]
+        new = {"role": "user", "content": view.text_of(edited.value)}
+        before, before_base = (_turns(column)[:place] for column in (adapted, base))
+        yield from self._answer([*before, new], [*before_base, new], *asking)
+
+    def _answer(
+        self,
+        adapted: list[Turn],
+        base: list[Turn],
+        run: str | None,
+        state: str,
+        with_base: bool,
+        system: str | None,
+        *sampling: Any,
+    ) -> Iterator[Any]:
+        """Stream the answers of the adapted model and, if it is shown, of the base model."""
+        settings = sampling_from(dict(zip(self._names, sampling, strict=True)))
+        if not run:
+            raise UserError("Choose a run to talk to first.")
+        folder = find_run(run, self._context.runs_dir)
+        checkpoint = None if state == _BEST else state
+        questions = {"adapted": adapted, "base": base if with_base else []}
+        opening = [{"role": "system", "content": system}] if (system or "").strip() else []
+        asked = {who: [*opening, *turns] for who, turns in questions.items() if turns}
+        yield questions["adapted"], questions["base"], "", view.pace(0, 0, self._is_training)
+        answers: dict[str, list[Turn]] = {who: [] for who in questions}
+        stream = self._context.chat.stream(work.answer, folder, checkpoint, asked, settings)
+        for who, text, tokens, seconds in stream:
+            answers[who] = [{"role": "assistant", "content": text}]
+            columns = [[*turns, *answers[name]] for name, turns in questions.items()]
+            yield *columns, gr.skip(), view.pace(tokens, seconds, self._is_training)
+
+    @property
+    def _is_training(self) -> bool:
+        activity = self._context.trainings.status()
+        return activity is not None and activity.alive
+
+
+def _turns(history: Any) -> list[Turn]:
+    """A conversation as the model takes it, from what the browser sends."""
+    return [
+        {"role": turn["role"], "content": view.text_of(turn["content"])} for turn in history or []
+    ]
+
+
+def _up_to_question(turns: list[Turn]) -> list[Turn]:
+    """A conversation without what follows its last message from the user."""
+    while turns and turns[-1]["role"] != "user":
+        turns = turns[:-1]
+    return turns

@@ -1,14 +1,13 @@
 """The run one looks at: what it does, its charts, how it was started, and what to do with it."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import gradio as gr
 
 from app.connect import connect
 from app.context import Context, Page
+from app.folders import open_folder
 from app.run_watch import RunLook
 from app.views import html
 from app.views import run as view
@@ -212,15 +211,9 @@ def _build_management(context: Context, page: Page) -> None:
     connect(delete.click, ask_first, [page.run], [ask, question], notice=problem)
     connect(keep.click, lambda: gr.update(visible=False), [], [ask], queue=False)
     connect(really.click, delete_now, [page.run], [page.run, ask], notice=problem)
-    connect(folder.click, lambda run: _open_folder(context, run), [page.run], notice=problem)
-
-
-def _open_folder(context: Context, run: str) -> None:
-    opener = "open" if sys.platform == "darwin" else "xdg-open"
-    path = find_run(run, context.runs_dir).path
-    if not context.is_local:
-        raise UserError(f"The folder is on the machine that runs the app: {path}.")
-    try:
-        subprocess.run([opener, str(path)], check=True, capture_output=True, timeout=10)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"No file manager could be opened. The run is in {path}.") from error
+    connect(
+        folder.click,
+        lambda run: open_folder(context, find_run(run, context.runs_dir).path),
+        [page.run],
+        notice=problem,
+    )

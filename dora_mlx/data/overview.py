@@ -110,7 +110,8 @@ def _columns(source: Source) -> tuple[str, ...]:
 
 
 def _spans(example: Example, tokenizer: Any) -> Iterator[TokenSpan]:
-    special = set(tokenizer.all_special_ids)
+    # Marks of turns are not special in every tokenizer, but always added to it.
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     tokens: list[int] = example.tokens.tolist()
     trained: list[bool] = example.trained.tolist()
     begin, context = 0, 0

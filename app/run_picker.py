@@ -1,0 +1,64 @@
+"""The choice of a trained run, the same on every tab that needs one."""
+
+from typing import Any
+
+import gradio as gr
+
+from app.connect import connect
+from app.context import Context, Page
+from app.views import html
+from app.views.numbers import count
+from dora_mlx import list_runs
+
+
+def run_dropdown(elem_id: str, **settings: Any) -> gr.Dropdown:
+    """The control; ``keep_runs`` fills it."""
+    return gr.Dropdown([], label="Run", elem_id=elem_id, **settings)
+
+
+def no_run(elem_id: str, what_for: str) -> gr.HTML:
+    """What stands there as long as no run has an adapter."""
+    return gr.HTML(html.empty("No trained run yet", what_for), elem_id=elem_id)
+
+
+def keep_runs(context: Context, page: Page, run: Any, nothing: Any, body: Any) -> None:
+    """Keep the list current, beginning with the run that the page looks at.
+
+    Args:
+        context: The server's.
+        page: The page's.
+        run: What ``run_dropdown`` made.
+        nothing: What ``no_run`` made; hidden when there is a run.
+        body: The rest of the tab; hidden until then.
+    """
+    shown = gr.State(())
+
+    def refresh(before: Any, chosen: str | None, looked_at: str | None) -> Any:
+        runs = [summary for summary in list_runs(context.runs_dir) if summary.has_adapter]
+        now = (looked_at, *((summary.name, summary.step) for summary in runs))
+        if now == before:
+            return [gr.skip()] * 4
+        names = [summary.name for summary in runs]
+        wanted = looked_at if not before or before[0] != looked_at else chosen
+        value = next((name for name in (wanted, chosen, *names) if name in names), None)
+        choices = [(_label(summary), summary.name) for summary in runs]
+        return [
+            now,
+            gr.update(choices=choices, value=value),
+            gr.update(visible=not runs),
+            gr.update(visible=bool(runs)),
+        ]
+
+    connect(
+        [page.tick.tick, page.blocks.load],
+        refresh,
+        [shown, run, page.run],
+        [shown, run, nothing, body],
+        queue=False,
+    )
+
+
+def _label(run: Any) -> str:
+    """A run in a list: its name, what it is, how good it became."""
+    loss = "" if run.best_validation is None else f" · validation {run.best_validation:.3f}"
+    return f"{run.name} · {run.method} · step {count(run.step)}{loss}"
