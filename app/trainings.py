@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,13 @@ class Trainings:
 
     def cancel(self) -> None:
         """End the training that is still being prepared; it leaves nothing behind."""
-        process = lock_holder(self._lock_file)
-        if process is not None:
-            # The first one asks to stop after the step that never comes, the second means it.
-            os.kill(process, signal.SIGTERM)
-            time.sleep(_SECONDS_BETWEEN_SIGNALS)
-            os.kill(process, signal.SIGTERM)
+        # The first signal asks to stop after the step that never comes, the second means it.
+        for _ in range(2):
+            process = lock_holder(self._lock_file)
+            if process is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGTERM)
+                time.sleep(_SECONDS_BETWEEN_SIGNALS)
 
     def pause(self, run: str) -> None:
         """Ask a run to wait before its next step."""

@@ -89,8 +89,8 @@ def test_own_page_and_links_to_it_are_served():
 def test_bodies_are_capped(monkeypatch):
     monkeypatch.setattr(guard, "BODY_LIMIT", 1000)
     monkeypatch.setattr(guard, "UPLOAD_LIMIT", 2000)
-    assert ask("/gradio_api/run", "POST", content=b"x" * 1000).json() == {"size": 1000}
-    assert ask("/gradio_api/run", "POST", content=b"x" * 1001).status_code == 413
+    assert ask("/gradio_api/run/predict", "POST", content=b"x" * 1000).json() == {"size": 1000}
+    assert ask("/gradio_api/run/predict", "POST", content=b"x" * 1001).status_code == 413
     assert ask("/gradio_api/upload", "POST", content=b"x" * 1001).json() == {"size": 1001}
 
     async def chunks():
@@ -101,9 +101,25 @@ def test_bodies_are_capped(monkeypatch):
     assert ask("/gradio_api/upload", "POST", content=chunks()).status_code == 413
 
 
-def test_nothing_is_fetched_from_elsewhere():
-    for path in ("/gradio_api/file=https://example.com/x", "/gradio_api/file=http%3A//example.com"):
-        assert ask(path).status_code == 403
+@pytest.mark.parametrize(
+    "path",
+    [
+        # Gradio would fetch it, edit its own code, and convert what it is sent.
+        "/gradio_api/file=https://example.com/x",
+        "/gradio_api/file=HTTP%3A//example.com",
+        "/gradio_api/vibe-edit/",
+        "/gradio_api/process_recording",
+        "/gradio_api/component_server",
+        "/gradio_api/dev/reload",
+        "/gradio_api/openapi.json",
+        "/openapi.json",
+        "/docs",
+        "/monitoring/summary",
+        "/login",
+    ],
+)
+def test_what_the_page_does_not_need_is_not_there(path):
+    assert ask(path).status_code == 404
 
 
 def test_every_answer_has_the_policy_and_none_is_for_others():

@@ -106,8 +106,13 @@ def page(open_page):
     return open_page()
 
 
+# Gradio says so when a page is left in the middle of an event.
+_OF_A_LEFT_PAGE = ("signal is aborted without reason", "Connection errored out")
+
+
 def _note(faults: list[str], message) -> None:
-    if message.type in ("error", "warning"):
+    left = any(text in message.text for text in _OF_A_LEFT_PAGE)
+    if message.type in ("error", "warning") and not left:
         faults.append(f"{message.type} in the console: {message.text}")
 
 
