@@ -59,7 +59,7 @@ def draw_scatter(inspection: Inspection, path: Path) -> None:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     points = [weight for state in inspection.states for weight in state.weights]
-    scatter_by_module(axes, inspection)
+    scatter_by_module(axes, inspection, list(inspection.correlation_by_module))
     if inspection.correlation is not None:
         x = np.array([point.direction_change for point in points])
         y = np.array([point.magnitude_change for point in points])
@@ -72,9 +72,9 @@ def draw_scatter(inspection: Inspection, path: Path) -> None:
     save_figure(figure, path)
 
 
-def scatter_by_module(axes: "Axes", inspection: Inspection) -> None:
-    """The points of an inspection, a colour for every module; later states are darker."""
-    for number, module in enumerate(inspection.correlation_by_module):
+def scatter_by_module(axes: "Axes", inspection: Inspection, modules: list[str]) -> None:
+    """The points of some modules, a colour for each; later states are darker."""
+    for number, module in enumerate(modules):
         for age, state in enumerate(inspection.states, 1):
             own = [weight for weight in state.weights if weight.module == module]
             axes.scatter(

@@ -24,8 +24,12 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
     def __str__(self) -> str:
-        said = f"{self.mean:.4f}"
-        return said if self.deviation is None else f"{said} ± {self.deviation:.4f}"
+        return self.rounded(4)
+
+    def rounded(self, digits: int, sign: str = "") -> str:
+        """Both with ``digits`` decimals; with ``sign="+"`` a positive mean has one."""
+        said = f"{self.mean:{sign}.{digits}f}"
+        return said if self.deviation is None else f"{said} ± {self.deviation:.{digits}f}"
 
 
 def measured(results: list[RunResult], measure: Callable[[RunResult], float | None]) -> Spread:
@@ -55,14 +59,13 @@ def _row(comparison: Comparison, name: str, general: bool) -> list[str]:
     results = comparison.of(name)
     first = results[0]
     share = first.trainable_parameters / first.total_parameters
-    tokens = measured(results, lambda r: r.tokens_per_second).mean
     return [
         name,
         f"{first.trainable_parameters:,} ({share:.1%})",
         f"{first.learning_rate:g}",
         f"{first.steps}",
-        f"{1e3 * measured(results, lambda r: r.step_seconds).mean:.0f} ms",
-        f"{tokens:.0f}",
+        f"{measured(results, lambda r: 1e3 * r.step_seconds).rounded(0)} ms",
+        measured(results, lambda r: r.tokens_per_second).rounded(0),
         f"{max(r.peak_memory_bytes for r in results) / 1e9:.3f} GB",
         str(measured(results, lambda r: r.best_validation)),
         *([str(measured(results, lambda r: r.general_loss))] if general else []),
@@ -116,7 +119,7 @@ def _paired(comparison: Comparison) -> Iterator[str]:
         if len(pairs) > 1:
             lower = sum(difference < 0 for difference in pairs)
             yield (
-                f"{name} - lora on the same seed: {Spread.of(pairs)}, "
+                f"{name} - lora on the same seed: {Spread.of(pairs).rounded(4, '+')}, "
                 f"lower on {lower} of {len(pairs)}."
             )
 
