@@ -10,6 +10,7 @@ VERBS = {
     "serve": "serve trained models to other programs on this machine",
     "export": "write the trained model as safetensors or GGUF",
     "compare": "train by several methods and say what each cost and gave",
+    "merge": "merge several adapters on one base model into one model",
     "inspect": "show how far a run moved each weight",
     "models": "list the models known by a short name",
 }

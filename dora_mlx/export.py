@@ -158,9 +158,15 @@ def _reference(folder: RunFolder, trained: "TrainedModel") -> "Reference":
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     formats = "\n".join(f"  {one.name:<12} {one.summary}" for one in EXPORT_FORMATS)
-    parser = parser_for("export", DESCRIPTION.format(formats=formats), EXAMPLES + _quants_help())
+    parser = parser_for("export", DESCRIPTION.format(formats=formats), EXAMPLES + quants_help())
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to export.")
     add_runs_dir_flag(parser)
+    add_export_flags(parser)
+    return parser
+
+
+def add_export_flags(parser: argparse.ArgumentParser) -> None:
+    """What is written, and where, for every command that writes a model."""
     names = [one.name for one in EXPORT_FORMATS]
     parser.add_argument("--format", required=True, choices=names, help="What to write.")
     parser.add_argument(
@@ -184,10 +190,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="Keep nothing and end with code 1 when rounding has undone a good part of the "
         "training. Without it the export is kept, with a warning.",
     )
-    return parser
 
 
-def _quants_help() -> str:
+def quants_help() -> str:
+    """What ``--quant`` takes for each format, for the end of a help."""
     lines = []
     for export_format in EXPORT_FORMATS:
         lines.append(f"\n--quant for {export_format.name}:")
@@ -200,20 +206,27 @@ def _export(arguments: argparse.Namespace) -> int:
     find_format(arguments.format).quant(arguments.quant)
     folder = find_run(arguments.run, arguments.runs_dir)
 
+    return print_export(
+        lambda progress: export_run(
+            folder,
+            arguments.format,
+            arguments.output,
+            quant=arguments.quant,
+            overwrite=arguments.overwrite,
+            strict=arguments.strict,
+            progress=progress,
+        )
+    )
+
+
+def print_export(write: Callable[[Progress], "ExportReport"]) -> int:
+    """Write with a progress bar and print what was measured; returns the exit code."""
     from dora_mlx.exporting.job import TrainingLostError
     from dora_mlx.exporting.logits import VerificationError
 
     try:
         with _progress_bar() as progress:
-            report = export_run(
-                folder,
-                arguments.format,
-                arguments.output,
-                quant=arguments.quant,
-                overwrite=arguments.overwrite,
-                strict=arguments.strict,
-                progress=progress,
-            )
+            report = write(progress)
     except TrainingLostError as error:
         _print_figures(error.report)
         print(f"error: {error} Nothing was kept (--strict).", file=sys.stderr)

@@ -125,6 +125,10 @@ class SwappableModel:
         self._adapters[name] = adapter
         self.use(active)
 
+    def layers(self, name: str) -> dict[str, nn.Module]:
+        """The modules that an adapter has in place of those of the base, by path."""
+        return dict(self._adapters[name].own.modules)
+
     def remove(self, name: str) -> None:
         """Forget an adapter; one in use gives way to the base model."""
         if name == self._active:
@@ -172,10 +176,18 @@ def load_swappable(
         swappable = SwappableModel.load(model)
     else:
         swappable = SwappableModel.of_run(runs[0], checkpoint)
-    for run in runs[1:]:
-        swappable.add(run.name, swappable.read(run))
-    for folder in folders:
-        swappable.add(name_of(folder, swappable.names), swappable.read(folder))
+    problems = []
+    sources: list[RunFolder | Path] = [*runs[1:], *folders]
+    for source in sources:
+        try:
+            stored = swappable.read(source)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        name = source.name if isinstance(source, RunFolder) else name_of(source, swappable.names)
+        swappable.add(name, stored)
+    if problems:
+        raise UserError("\n".join(problems))
     swappable.use(swappable.names[0] if swappable.names else None)
     return swappable
 
