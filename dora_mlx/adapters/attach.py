@@ -150,9 +150,9 @@ def adapted_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, 
         rank = ranks[key]
         *experts, out, width = weight_shape(module)
         magnitude: tuple[int, ...] = (*experts, out)
-        if isinstance(module, _SWITCH):
+        if is_experts(module):
             a, b = (*experts, rank, width), (*experts, out, rank)
-        elif isinstance(module, _EMBEDDING):
+        elif is_embedding(module):
             a, b, magnitude = (out, rank), (rank, width), (width,)
         else:
             a, b = (width, rank), (rank, out)
@@ -160,6 +160,16 @@ def adapted_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, 
         if spec.method == "dora":
             shapes[f"{path}.magnitude"] = magnitude
     return shapes
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a layer looks up rows."""
+    return isinstance(module, _EMBEDDING)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a layer holds the weights of several experts."""
+    return isinstance(module, _SWITCH)
 
 
 def full_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -11,13 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from dora_mlx.adapters.attach import (
     AdapterSpec,
     adaptable_layers,
     adapted_places,
     block_paths,
+    is_embedding,
+    is_experts,
     layer_ranks,
 )
 from dora_mlx.adapters.stored import StoredAdapter, merge_names, read_arrays, read_settings
@@ -159,15 +160,13 @@ def peft_problems(spec: AdapterSpec, base: LoadedModel) -> list[str]:
             f"known to be the same are {', '.join(SAME_NAMES)}."
         )
     places = {path: module for path, _, module in adapted_places(base.model, spec)}
-    if experts := [
-        p for p, m in places.items() if isinstance(m, SwitchLinear | QuantizedSwitchLinear)
-    ]:
+    if experts := [p for p, m in places.items() if is_experts(m)]:
         problems.append(
             f"{', '.join(merge_names(experts))} are experts, stacked in one array by mlx-lm, which "
             "PEFT has no layer for."
         )
     tied = base.config.get("tie_word_embeddings", False)
-    if tied and any(isinstance(m, nn.Embedding | nn.QuantizedEmbedding) for m in places.values()):
+    if tied and any(map(is_embedding, places.values())):
         problems.append(
             "The embedding is also the output layer of this model, where PEFT would not adapt it."
         )
@@ -187,7 +186,7 @@ def write_peft(folder: Path, adapter: StoredAdapter, base: LoadedModel) -> None:
     """
     if problems := peft_problems(adapter.spec, base):
         raise UserError("This adapter cannot be written for PEFT. " + " ".join(problems))
-    embeddings = {path for path, module in adaptable_layers(base.model) if _is_embedding(module)}
+    embeddings = {path for path, module in adaptable_layers(base.model) if is_embedding(module)}
     arrays = {}
     for name, array in adapter.arrays.items():
         path, _, parameter = name.rpartition(".")
@@ -204,10 +203,6 @@ def _peft_parameter(parameter: str, of_embedding: bool) -> str:
         return "lora_magnitude_vector"
     letter = parameter[-1].upper()
     return f"lora_embedding_{letter}" if of_embedding else f"lora_{letter}.weight"
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
 
 
 def _settings_of(spec: AdapterSpec, base: LoadedModel) -> dict[str, Any]:
@@ -272,7 +267,7 @@ def _is_target(path: str, module: nn.Module, settings: dict[str, Any]) -> bool:
         return False
     if targets == "all-linear":
         # To PEFT the output layer is none of them.
-        return not _is_embedding(module) and not path.endswith("lm_head")
+        return not is_embedding(module) and not path.endswith("lm_head")
     if not targets or not _names(targets, path):
         return False
     chosen = settings.get("layers_to_transform")

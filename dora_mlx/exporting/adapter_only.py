@@ -1,6 +1,5 @@
 """The formats that hold an adapter alone: ``mlx-adapter`` and ``peft``."""
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.utils import load_adapters
 
-from dora_mlx.adapters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from dora_mlx.adapters.adapter_folder import mlx_lm_problems, write_mlx_adapter
 from dora_mlx.adapters.peft import PEFT_WEIGHTS_FILE, peft_problems, write_peft
 from dora_mlx.adapters.reading import read_adapter
 from dora_mlx.adapters.stored import StoredAdapter
@@ -73,18 +72,17 @@ class AdapterWriter(ABC):
 
 
 class MlxAdapterWriter(AdapterWriter):
-    """The run's own two files, which mlx-lm loads as they are."""
+    """The form of a run's own two files, with one rank for all layers."""
 
     def problems(self, adapter: StoredAdapter, source: ExportSource) -> list[str]:
-        """Full fine-tuning leaves no adapter."""
+        """Full fine-tuning leaves no adapter, and mlx-lm lacks some layers."""
         if adapter.spec.method != "full":
-            return []
+            return mlx_lm_problems(adapter.spec, source.base.model)
         return ["All weights were trained, so there is no adapter. Choose --format mlx."]
 
     def fill(self, folder: Path, adapter: StoredAdapter, source: ExportSource) -> None:
-        """Copy both files."""
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            shutil.copyfile(_folder(source) / name, folder / name)
+        """Write both files."""
+        write_mlx_adapter(folder, adapter)
 
     def attach(self, model: nn.Module, folder: Path, source: ExportSource) -> str:
         """Let mlx-lm do it."""
