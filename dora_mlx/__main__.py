@@ -5,6 +5,7 @@ from importlib import import_module
 
 VERBS = {
     "train": "fine-tune a model on a chat file",
+    "plan": "say whether a training fits into memory before it starts",
     "check": "look for mistakes in a data file and show what will be learned",
     "chat": "talk to a trained model in the terminal",
     "serve": "serve trained models to other programs on this machine",

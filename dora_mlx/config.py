@@ -13,6 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dora_mlx.errors import UserError
 
+# Models of fewer parameters need, and stand, a higher learning rate and no checkpointing.
+SMALL_MODEL = 100_000_000
+
 
 def knob(
     default: Any,
@@ -185,6 +188,14 @@ class TrainConfig:
         None,
         "Recompute every transformer block in the backward: far less memory for a third more "
         "time. Default: on for models of 100 million parameters and more.",
+        advanced=True,
+    )
+    pause_ms: int = knob(
+        0,
+        "Rest of the GPU after every forward and backward pass, in milliseconds: 50 keeps a Mac "
+        "usable, and its screen drawn, while it trains.",
+        minimum=0,
+        maximum=60_000,
         advanced=True,
     )
     max_grad_norm: float = knob(

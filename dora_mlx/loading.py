@@ -56,17 +56,34 @@ def load_base(path: Path, *, lazy: bool = False) -> LoadedModel:
         UserError: If a file is missing, broken or cut short, the architecture is not one of
             mlx-lm's, the RoPE base is unknown, or tensors are missing or left over.
     """
-    config = read_json(path / "config.json")
-    files = _weight_files(path)
-    for file in files:
-        _read_header(file)
-    arguments = _arguments_class(config, path)
-    overrides = mlx_lm_overrides(config, arguments, path)
-    _check_arguments(arguments, {**config, **overrides}, path)
-    model, config = _build(path, overrides)
+    model, config = load_lazily(path)
     if not lazy:
         _make_ready(model)
     return LoadedModel(model, _load_tokenizer(path, config), config, path)
+
+
+def load_lazily(path: Path) -> "tuple[Module, Config]":
+    """Only the model of a folder, every array as it is stored, and what it was built from.
+
+    Raises:
+        UserError: As ``load_base`` does.
+    """
+    config = read_json(path / "config.json")
+    for file in _weight_files(path):
+        _read_header(file)
+    arguments, overrides = settled_arguments(config, path)
+    _check_arguments(arguments, {**config, **overrides}, path)
+    return _build(path, overrides)
+
+
+def settled_arguments(config: Config, path: Path) -> tuple[type, Config]:
+    """mlx-lm's ``ModelArgs`` class for a configuration, and what has to be added to it.
+
+    Raises:
+        UserError: If mlx-lm has no such architecture, or the RoPE base is unknown.
+    """
+    arguments = _arguments_class(config, path)
+    return arguments, mlx_lm_overrides(config, arguments, path)
 
 
 def load_tokenizer(path: Path) -> "TokenizerWrapper":

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,15 +182,67 @@ def resolve(name: str) -> Path:
     Raises:
         UserError: If the name is unknown, the folder holds no model, or the download fails.
     """
-    entry = next((entry for entry in list_models() if entry.alias == name.lower()), None)
+    place = _locate(name)
+    return _from_hub(place) if isinstance(place, str) else place
+
+
+def find_entry(name: str) -> ModelEntry | None:
+    """The entry with the alias ``name``, in any case."""
+    return next((entry for entry in list_models() if entry.alias == name.lower()), None)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a model if it is complete on this machine; asks no network.
+
+    Raises:
+        UserError: If the name is unknown, or the folder holds no model.
+    """
+    place = _locate(name)
+    if isinstance(place, Path):
+        return place
+    with _explained(place):
+        return _cached(place)
+
+
+def download_file(repo: str, name: str, *, required: bool = True) -> Path | None:
+    """One small file of a model on the Hub, kept in the Hugging Face cache.
+
+    Returns:
+        Its path, or ``None`` if it is not ``required`` and the model has none of that name.
+
+    Raises:
+        UserError: If the Hub does not answer, or refuses.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _explained(repo):
+        try:
+            return Path(hf_hub_download(repo, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            # It tries a network that is not there six times; this request is made once.
+            HfApi().model_info(repo, timeout=FIRST_ANSWER_SECONDS)
+        try:
+            return Path(hf_hub_download(repo, name))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            if not required:
+                return None
+            raise UserError(f"{repo} has no {name}, so it is no model that MLX loads.") from error
+
+
+def _locate(name: str) -> Path | str:
+    """The folder that a name stands for, or its name on the Hub."""
+    entry = find_entry(name)
     if entry is not None:
-        return _from_hub(entry.hub) if entry.hub else _checked(models_dir() / entry.alias)
+        return entry.hub or _checked(models_dir() / entry.alias)
     # os.path, because pathlib raises for an unknown ~user and for names too long to exist.
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return _checked(Path(path))
     if _HUB_NAME.fullmatch(name):
-        return _from_hub(name)
+        return name
     if _looks_like_path(name):
         raise UserError(f"There is no folder {name}. Check the path, or name a model: {LIST_HINT}.")
     raise UserError(_unknown_name(name))
@@ -262,13 +316,20 @@ def _cached(repo: str) -> Path | None:
 
 
 def _from_hub(repo: str) -> Path:
+    with _explained(repo):
+        return _checked(_cached(repo) or _download(repo))
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """What goes wrong with the Hub within the block becomes a ``UserError``."""
     from huggingface_hub import errors
 
     # The base of network errors is httpx's in huggingface_hub 1 and httpx2's in 2; it re-exports
     # neither, but its errors module imports the one it raises.
     http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     try:
-        return _checked(_cached(repo) or _download(repo))
+        yield
     except errors.HFValidationError as error:
         raise UserError(f"{repo!r} is not a possible Hub name: {error}") from error
     except (http_error, OSError) as error:

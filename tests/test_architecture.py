@@ -18,7 +18,7 @@ LAYERS = [
     ("errors", "blas", "atomic", "config", "model_config", "sampling"),
     ("registry", "run_folder", "command_line"),
     ("kernels",),
-    ("layers", "loading"),
+    ("layers", "loading", "skeleton"),
     ("adapters", "data"),
     ("training", "exporting", "chat_model", "server"),
     ("analysis", "comparing"),

@@ -51,7 +51,7 @@ def make_packed_batch(rows: list[list[Example]]) -> Batch:
     """Put the examples of every row end to end and pad the rows to one width."""
     # The last token of an example is a target only.
     longest = max(sum(len(example) - 1 for example in row) for row in rows)
-    width = -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    width = padded_width(longest)
     shape = len(rows), width
     inputs = np.zeros(shape, np.int32)
     targets = np.zeros(shape, np.int32)
@@ -67,6 +67,11 @@ def make_packed_batch(rows: list[list[Example]]) -> Batch:
             segments[row, part] = segment
             start = part.stop
     return Batch(inputs, targets, weights, segments)
+
+
+def padded_width(length: int) -> int:
+    """Width of a batch whose longest row has ``length`` tokens."""
+    return -(-length // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
 
 
 class BatchStream:
@@ -116,7 +121,7 @@ class BatchStream:
         held = 0
         for batch in self._order(0):
             longest = max(self._row_length(row) for row in batch)
-            held += len(batch) * -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+            held += len(batch) * padded_width(longest)
         return used / max(1, held)
 
     def _row_length(self, row: int) -> int:

@@ -13,6 +13,8 @@ rows of input the CPU takes blocks. The switch is ``_in_blocks``, and there is n
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import cast
 
 import mlx.core as mx
@@ -24,6 +26,8 @@ BLOCK_VALUES = 1 << 20
 FEW_ROWS = 3
 # What mx.quantize divides a global scale by: the largest products of e4m3 scales and e2m1 values.
 _NVFP4_RANGE = 448 * 6
+
+_assumed_cpu: ContextVar[bool | None] = ContextVar("assumed_cpu", default=None)
 
 
 def is_quantized(base: nn.Module) -> bool:
@@ -278,8 +282,22 @@ def _in_blocks(x: mx.array) -> bool:
 
 
 def on_cpu() -> bool:
-    """Whether MLX runs on its CPU backend."""
-    return mx.default_device().type == mx.DeviceType.cpu
+    """Whether MLX runs on its CPU backend, or is assumed to."""
+    assumed = _assumed_cpu.get()
+    return mx.default_device().type == mx.DeviceType.cpu if assumed is None else assumed
+
+
+@contextmanager
+def assuming_device(cpu: bool) -> Iterator[None]:
+    """Within the block, layers build the graph that they would on a CPU or on a GPU.
+
+    For planning: what is built for another device than this one is not to be evaluated.
+    """
+    token = _assumed_cpu.set(cpu)
+    try:
+        yield
+    finally:
+        _assumed_cpu.reset(token)
 
 
 def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.array:
@@ -299,6 +317,8 @@ def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.arra
 
 
 def _blocked_product(x: mx.array, base: nn.Module) -> mx.array:
+    if _assumed_cpu.get():
+        return _planned_product(x, base)
     columns: list[mx.array] = []
     *experts, out, _ = weight_shape(base)
     if experts:
@@ -314,7 +334,15 @@ def _blocked_product(x: mx.array, base: nn.Module) -> mx.array:
     return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
 
 
+def _planned_product(x: mx.array, base: nn.Module) -> mx.array:
+    """In few operations what takes as much memory as the blocks, but for one block."""
+    y = _quantized_product(x, base, transpose=True)
+    return mx.concatenate([y[..., :1], y[..., 1:]], axis=-1)
+
+
 def _blocked_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
+    if _assumed_cpu.get():
+        return _quantized_product(d, base, transpose=False)
     total: mx.array | None = None
     for start, stop in row_blocks(base):
         part = d[..., start:stop]

@@ -176,6 +176,8 @@ class Trainer:
                 loss = loss + part
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
                 mx.eval(loss, total)
+                # The screen of a Mac is drawn by the same GPU, and macOS ends what holds it.
+                time.sleep(self.config.pause_ms / 1000)
         return loss / tokens, tree_map(partial(mx.multiply, 1 / tokens), total), tokens
 
     def _skip(self, step: int) -> int:

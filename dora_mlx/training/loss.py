@@ -67,7 +67,7 @@ class ChunkedLoss:
 
 def best_loss(model: nn.Module, batch: Batch) -> tuple[LossSum, str | None]:
     """The chunked loss if it is proven equal on ``batch``, else the plain one and the reason."""
-    reason = _why_not_chunked(model)
+    reason = why_not_chunked(model)
     if reason is None:
         with _evaluating(model):
             plain, chunked = plain_loss_sum(model, batch), ChunkedLoss()(model, batch)
@@ -78,7 +78,8 @@ def best_loss(model: nn.Module, batch: Batch) -> tuple[LossSum, str | None]:
     return plain_loss_sum, f"the output layer is not computed in chunks: {reason}"
 
 
-def _why_not_chunked(model: nn.Module) -> str | None:
+def why_not_chunked(model: nn.Module) -> str | None:
+    """What in the structure of a model keeps its loss from being computed in chunks."""
     body = model.get("model")
     if not isinstance(body, nn.Module):
         return "the model has no body named 'model'"
@@ -120,7 +121,7 @@ def _chunk_by_chunk(
         logits = _output_layer(model, hidden).astype(mx.float32)
         return nn.losses.cross_entropy(logits, targets, reduction="sum")
 
-    rows = max(_SMALLEST_CHUNK, _CHUNK_VALUES // _vocabulary_size(model, hidden))
+    rows = loss_chunk(_vocabulary_size(model, hidden))
     total, gradients = mx.array(0.0), []
     for start in range(0, len(targets), rows):
         # Without the dependency all chunks would be computed side by side.
@@ -133,6 +134,11 @@ def _chunk_by_chunk(
         else:
             total = total + chunk_loss(part, labels)
     return total, mx.concatenate(gradients) if gradients else mx.zeros_like(hidden)
+
+
+def loss_chunk(vocabulary: int) -> int:
+    """Positions whose logits are computed together."""
+    return max(_SMALLEST_CHUNK, _CHUNK_VALUES // vocabulary)
 
 
 def _vocabulary_size(model: nn.Module, hidden: mx.array) -> int:

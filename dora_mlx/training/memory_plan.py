@@ -1,12 +1,52 @@
-"""What a run will need in memory, known before anything is read or downloaded."""
+"""Whether a run fits into a machine's memory, and what to change if it does not."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
-from dora_mlx.config import TrainConfig
-from dora_mlx.registry import estimate_train_memory_gb, list_models
+import numpy as np
+
+from dora_mlx.config import TrainConfig, flag_of
+from dora_mlx.data.batches import padded_width
+from dora_mlx.data.cache import is_worth_keeping
+from dora_mlx.data.examples import Examples
+from dora_mlx.data.preparation import prepare, training_source
+from dora_mlx.errors import UserError
+from dora_mlx.kernels.frozen_product import assuming_device, on_cpu
+from dora_mlx.loading import load_tokenizer
+from dora_mlx.skeleton import ModelFacts, find_facts
+from dora_mlx.training.device_limits import memory_limit
+from dora_mlx.training.step_memory import BatchShape, predict
 
 Verdict = Literal["fits", "tight", "does not fit"]
+
+_TIGHT = 0.9
+# Shorter windows than this cut most conversations.
+_SHORTEST_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for: bytes that MLX may hold, and whether it runs on the CPU."""
+
+    limit: int
+    cpu: bool
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """The machine this runs on, as it is now."""
+        return cls(memory_limit(), on_cpu())
+
+    @classmethod
+    def mac(cls, gigabytes: float) -> "Machine":
+        """A Mac sold with so much memory.
+
+        Metal recommends a GPU to work with two thirds of it up to 36 GB, and three quarters above.
+        """
+        share = 2 / 3 if gigabytes <= 36 else 3 / 4
+        return cls(round(share * gigabytes * 2**30), cpu=False)
 
 
 @dataclass(frozen=True)
@@ -20,6 +60,7 @@ class MemoryPlan:
         verdict: ``fits``, ``tight`` (above nine tenths of the limit) or ``does not fit``.
         advice: Sentences on what to change, each with its flag and the peak it would give; empty
             for a run that fits.
+        rows, width: The batch it is for: rows, and tokens of each.
     """
 
     parts: dict[str, int]
@@ -27,24 +68,210 @@ class MemoryPlan:
     limit: int
     verdict: Verdict
     advice: tuple[str, ...]
+    rows: int
+    width: int
 
 
-def plan_memory(config: TrainConfig) -> MemoryPlan:
+@dataclass(frozen=True)
+class FittedPlan:
+    """Options that fit, their plan, and what was changed, by option."""
+
+    config: TrainConfig
+    plan: MemoryPlan
+    changes: dict[str, Any]
+
+
+def plan_memory(
+    config: TrainConfig, *, machine: Machine | None = None, thorough: bool = False
+) -> MemoryPlan:
     """The memory that a run with these options needs, for models not downloaded yet as well.
 
+    Args:
+        config: The options.
+        machine: What to plan for. Default: this machine.
+        thorough: Ask the Hub about models of the registry too, and read large data files: exact,
+            but it may take seconds. Without it ``max_seq_length`` stands for such data.
+
     Raises:
-        UserError: If the model is unknown, or the Hub has to be asked and does not answer.
+        UserError: If the model is unknown, the Hub has to be asked and does not answer, or the
+            data is bad.
     """
-    entry = next((e for e in list_models() if e.alias == config.model.lower()), None)
-    shape = entry.shape if entry is not None else None
-    peak = 0
-    if shape is not None:
-        gigabytes = estimate_train_memory_gb(
-            shape,
-            rank=config.rank,
-            batch_size=config.batch_size,
-            length=config.max_seq_length,
-            grad_checkpoint=config.grad_checkpoint is not False,
+    facts = find_facts(config.model, ask_hub=thorough)
+    return plan_for(config, facts, _examples(config, facts, thorough), machine)
+
+
+def fit_to_memory(
+    config: TrainConfig, *, machine: Machine | None = None, thorough: bool = False
+) -> FittedPlan:
+    """The options changed as little as it takes to fit: see ``fit``; arguments as above."""
+    facts = find_facts(config.model, ask_hub=thorough)
+    return fit(config, facts, _examples(config, facts, thorough), machine)
+
+
+def plan_for(
+    config: TrainConfig,
+    facts: ModelFacts,
+    examples: Examples | None,
+    machine: Machine | None = None,
+) -> MemoryPlan:
+    """The plan for known examples; ``None``: rows of ``max_seq_length`` tokens, all trained."""
+    machine = Machine.here() if machine is None else machine
+    plan = _plan(config, facts, examples, machine)
+    if plan.verdict == "fits":
+        return plan
+    return replace(plan, advice=tuple(_advice(config, facts, examples, machine)))
+
+
+def fit(
+    config: TrainConfig,
+    facts: ModelFacts,
+    examples: Examples | None,
+    machine: Machine | None = None,
+) -> FittedPlan:
+    """The first of these that fits: smaller batches, checkpointing, both, and a shorter window.
+
+    The global batch stays the same: what a batch loses, ``grad_accumulation_steps`` gains.
+
+    Raises:
+        UserError: If not even one short example fits, with the least that is needed.
+    """
+    machine = Machine.here() if machine is None else machine
+    plan = None
+    for candidate in _candidates(config):
+        plan = _plan(candidate, facts, examples, machine)
+        if plan.verdict == "fits":
+            before, after = config.to_dict(), candidate.to_dict()
+            changes = {name: after[name] for name in after if after[name] != before[name]}
+            return FittedPlan(candidate, plan, changes)
+    if plan is None:
+        raise ValueError("the options themselves are the first candidate")
+    raise UserError(
+        f"Nothing that --fit may change makes this fit: one example of {plan.width} tokens with "
+        f"checkpointing still needs {gigabytes(plan.peak)} of the {gigabytes(plan.limit)} that "
+        "there are. Choose a smaller model, or one of fewer bits."
+    )
+
+
+def gigabytes(size: int) -> str:
+    """A size as people read it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def largest_batch(config: TrainConfig, examples: Examples | None) -> BatchShape:
+    """The largest batch that a run can meet: its longest examples together."""
+    rows, window = config.batch_size, config.max_seq_length
+    if examples is None or not len(examples) or config.pack:
+        width = padded_width(window - 1)
+        return BatchShape(rows, width, rows * width, config.pack)
+    lengths = examples.lengths
+    longest = np.argsort(lengths)[-rows:]
+    return BatchShape(
+        len(longest),
+        padded_width(int(lengths[longest[-1]]) - 1),
+        max(1, int(np.sort(examples.targets)[-rows:].sum())),
+    )
+
+
+def _plan(
+    config: TrainConfig, facts: ModelFacts, examples: Examples | None, machine: Machine
+) -> MemoryPlan:
+    """The plan without advice."""
+    batch = largest_batch(config, _cut(examples, config))
+    with assuming_device(machine.cpu):
+        parts = predict(facts, config, batch)
+    peak = sum(parts.values())
+    verdict: Verdict = "fits" if peak <= _TIGHT * machine.limit else "tight"
+    if peak > machine.limit:
+        verdict = "does not fit"
+    return MemoryPlan(parts, peak, machine.limit, verdict, (), batch.rows, batch.width)
+
+
+def _cut(examples: Examples | None, config: TrainConfig) -> Examples | None:
+    """The examples, no longer than the window: they may have been made for a longer one."""
+    if examples is None or not len(examples):
+        return examples
+    lengths = np.minimum(examples.lengths, config.max_seq_length)
+    targets = np.minimum(examples.targets, lengths)
+    empty = np.zeros(0, np.int32)
+    return Examples(empty, empty.astype(bool), np.zeros(len(lengths), np.int64), lengths, targets)
+
+
+def _candidates(config: TrainConfig) -> Iterator[TrainConfig]:
+    """Options in the order in which ``fit`` tries them, those as they are first."""
+    rows_in_all = config.batch_size * config.grad_accumulation_steps
+    batches = [n for n in range(config.batch_size, 0, -1) if rows_in_all % n == 0]
+    checkpoints = [config.grad_checkpoint]
+    if config.grad_checkpoint is not True:
+        checkpoints.append(True)
+    for checkpoint in checkpoints:
+        for rows in batches:
+            smallest = replace(
+                config,
+                batch_size=rows,
+                grad_accumulation_steps=rows_in_all // rows,
+                grad_checkpoint=checkpoint,
+            )
+            yield smallest
+    window = config.max_seq_length // 2
+    while window >= _SHORTEST_WINDOW:
+        yield replace(smallest, max_seq_length=window)
+        window //= 2
+
+
+def _advice(
+    config: TrainConfig, facts: ModelFacts, examples: Examples | None, machine: Machine
+) -> Iterator[str]:
+    """What to change, each with the peak it would give; only what helps."""
+    now = _plan(config, facts, examples, machine)
+    rows_in_all = config.batch_size * config.grad_accumulation_steps
+    changes: list[dict[str, Any]] = [
+        {"grad_checkpoint": True},
+        {"batch_size": 1, "grad_accumulation_steps": rows_in_all},
+        {"max_seq_length": max(8, now.width // 2)},
+        {"batch_size": 1, "grad_accumulation_steps": rows_in_all, "grad_checkpoint": True},
+    ]
+    for change in changes:
+        other = _plan(replace(config, **change), facts, examples, machine)
+        if other.peak > 0.97 * now.peak:
+            continue
+        flags = " ".join(
+            flag_of(name) if value is True else f"{flag_of(name)} {value}"
+            for name, value in change.items()
         )
-        peak = round(gigabytes * 1e9)
-    return MemoryPlan({"weights": 0, "activations": peak}, peak, 16 * 10**9, "fits", ())
+        yield f"{flags} would need {gigabytes(other.peak)}."
+        if len(change) == 3 and other.verdict == "does not fit":
+            yield (
+                f"The weights alone take {gigabytes(now.parts['weights'])}: a smaller model, or "
+                "one of fewer bits, is the way."
+            )
+
+
+def _examples(config: TrainConfig, facts: ModelFacts, thorough: bool) -> Examples | None:
+    """The examples of a run, if its tokenizer is here and reading them takes no time."""
+    if facts.folder is None:
+        return None
+    source = training_source(config)
+    if isinstance(source, Path):
+        large = is_worth_keeping(source)
+        changed = source.stat().st_mtime_ns if source.exists() else 0
+    else:
+        large, changed = True, 0
+    if large and not thorough:
+        return None
+    # What the examples do not depend on must not make them anew.
+    relevant = TrainConfig(
+        **{
+            name: getattr(config, name)
+            for name in (
+                "model", "data", "valid_data", "valid_fraction", "data_form", "columns",
+                "skip_bad_rows", "train_on", "mask_prompt", "max_seq_length", "long_examples",
+                "seed",
+            )
+        }
+    )  # fmt: skip
+    return _prepared(relevant, facts.folder, changed)
+
+
+@lru_cache(maxsize=4)
+def _prepared(config: TrainConfig, folder: Path, changed: int) -> Examples:
+    return prepare(config, training_source(config), load_tokenizer(folder)).train.examples

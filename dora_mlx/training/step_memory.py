@@ -1,0 +1,203 @@
+"""What one training step needs in memory, known before anything is read or downloaded.
+
+The graph of one training step is built from the real model's modules at the real sizes, but of
+few blocks and without computing anything (``graph.py``); its peak is found by playing through its
+evaluation (``graph_memory.py``), and what one block more adds is known from a second graph. So
+the plan follows the code: method, targets, checkpointing, the loss in chunks and every
+architecture are in it because they are in the graph.
+"""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from dora_mlx.adapters.attach import attach
+from dora_mlx.config import SMALL_MODEL, TrainConfig
+from dora_mlx.data.batches import Batch
+from dora_mlx.errors import UserError
+from dora_mlx.kernels.frozen_product import leading_shape, parameter_count, weight_shape
+from dora_mlx.kernels.row_norm import AdaptedNorm, ColumnNorm
+from dora_mlx.layers.dora import DoRA, hoisted_norms
+from dora_mlx.skeleton import ModelFacts, build_skeleton
+from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
+from dora_mlx.training.graph import Graph, nothing_evaluated, standing_in, trace
+from dora_mlx.training.graph_memory import peak_of
+from dora_mlx.training.lean_backward import lean_backward
+from dora_mlx.training.loss import ChunkedLoss, loss_chunk, plain_loss_sum, why_not_chunked
+from dora_mlx.training.optimizer import GroupedOptimizer
+
+Sizes = Counter[str]
+
+PARTS = (
+    "weights", "adapter", "optimizer", "gradients", "activations", "output layer", "other",
+)  # fmt: skip
+# Operations that MLX has begun before the memory of earlier ones is free, as a share of what a
+# step needs on top of what stays: 0.10 to 0.17 was measured with the limit that a run sets.
+_AHEAD = 0.125
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The largest batch of a run: rows, tokens of a row, trained tokens in all of them."""
+
+    rows: int
+    width: int
+    trained: int
+    packed: bool = False
+
+
+def predict(facts: ModelFacts, config: TrainConfig, batch: BatchShape) -> dict[str, int]:
+    """Bytes of every part at the peak of a step, in the order of ``PARTS``."""
+    with nothing_evaluated():
+        model = build_skeleton(facts)
+        kinds = [_kind_of(block) for block in model.layers]
+    if config.grad_checkpoint is None:
+        config = replace(config, grad_checkpoint=parameter_count(model) >= SMALL_MODEL)
+    adapted = len(kinds) if config.num_layers is None else config.num_layers
+    if adapted > len(kinds):
+        raise UserError(f"--num-layers is {adapted}, but the model has only {len(kinds)} blocks.")
+    # A block that is not adapted keeps nothing for the backward.
+    first = len(kinds) - adapted
+    kinds = [(kind, index >= first) for index, kind in enumerate(kinds)]
+    depth = 4 if config.method == "full" else 2
+    while True:
+        try:
+            return _extrapolated(facts, config, batch, kinds, depth)
+        except IndexError:
+            # Some models look at a certain block, as the first with full attention.
+            if depth >= len(kinds):
+                raise
+            depth *= 2
+
+
+def _extrapolated(
+    facts: ModelFacts, config: TrainConfig, batch: BatchShape, kinds: list[Any], depth: int
+) -> dict[str, int]:
+    """The parts for all blocks, from graphs with up to ``depth`` blocks of a kind, and more."""
+    counts = Counter(kinds)
+    base = {kind: min(count, depth) for kind, count in counts.items()}
+    sizes = _sizes_with(facts, config, batch, kinds, base)
+    total: dict[str, float] = dict(sizes)
+    for kind, count in counts.items():
+        missing = count - base[kind]
+        step = min(missing, depth - 1)
+        if step:
+            more = _sizes_with(facts, config, batch, kinds, {**base, kind: base[kind] + step})
+            for part in PARTS:
+                total[part] = total.get(part, 0) + (more[part] - sizes[part]) * missing / step
+    return {part: round(max(0, total.get(part, 0))) for part in PARTS}
+
+
+def _kind_of(block: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that need the same memory."""
+    shapes = [(name, a.shape, a.dtype) for name, a in _arrays(block.parameters()).items()]
+    return type(block), tuple(shapes)
+
+
+def _sizes_with(
+    facts: ModelFacts,
+    config: TrainConfig,
+    batch: BatchShape,
+    kinds: list[Any],
+    wanted: dict[Any, int],
+) -> Sizes:
+    """Sizes of the parts for a model with so many blocks of every kind."""
+    left = Counter(wanted)
+    with nothing_evaluated(), standing_in(AdaptedNorm, {"square_sums": _unknown_sums}):
+        model = build_skeleton(facts)
+        keep = []
+        for index, kind in enumerate(kinds):
+            if left[kind]:
+                left[kind] -= 1
+                keep.append(index)
+        blocks = [model.layers[index] for index in keep]
+        model.layers[:] = blocks
+        adapted = sum(kinds[index][1] for index in keep)
+        attach(
+            model, config.method, config.rank, config.alpha, config.dropout,
+            config.target_modules, adapted, config.rslora, config.rank_overrides,
+        )  # fmt: skip
+        model.train()
+        return _sizes(model, config, batch)
+
+
+def _sizes(model: nn.Module, config: TrainConfig, batch: BatchShape) -> Sizes:
+    everything = _arrays(model.parameters())
+    trained = _arrays(model.trainable_parameters())
+    optimizer = GroupedOptimizer(config.optimizer, model.trainable_parameters())
+    sizes: Sizes = Counter()
+    adapter = trained if config.method != "full" else {}
+    sizes["weights"] = sum(a.nbytes for name, a in everything.items() if name not in adapter)
+    sizes["adapter"] = sum(a.nbytes for a in adapter.values())
+    sizes["optimizer"] = sum(a.nbytes for a in _arrays(optimizer.state).values())
+    gradients = sum(a.nbytes for a in trained.values())
+    # Norms of the frozen weights, and of the adapted ones during a step.
+    norms = sum(m.magnitude.nbytes for m in model.modules() if isinstance(m, DoRA))
+    vocabulary = _vocabulary(model)
+    # Chunks of the loss come one after the other: a few of them are as good as all.
+    few = min(batch.trained, 3 * loss_chunk(vocabulary) - 1)
+    graph = _step_graph(model, config, replace(batch, trained=few))
+    peak = peak_of(graph)
+    own = set(graph.outputs)
+    for name, size in peak.held.items():
+        if few in graph.shapes[name]:
+            size = size * batch.trained // few
+        if name in own:
+            sizes["gradients"] += size
+        elif vocabulary in graph.shapes[name]:
+            sizes["output layer"] += size
+        else:
+            sizes["activations"] += size
+    if config.grad_accumulation_steps > 1:
+        sizes["gradients"] += gradients
+    step = sizes["activations"] + sizes["output layer"]
+    sizes["other"] = 2 * norms + round(_AHEAD * step)
+    return sizes
+
+
+def _step_graph(model: nn.Module, config: TrainConfig, shape: BatchShape) -> Graph:
+    """The graph of loss and gradients of one batch."""
+    names, arrays = zip(*_arrays(model.parameters()).items(), strict=True)
+    batch = _batch(shape)
+    loss_sum = plain_loss_sum if why_not_chunked(model) else ChunkedLoss()
+    recompute = checkpointed_blocks if config.grad_checkpoint else nullcontext
+
+    def step(*arrays: mx.array) -> list[mx.array]:
+        model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+        with hoisted_norms(model), lean_backward(), recompute(model):
+            loss, gradients = nn.value_and_grad(model, loss_sum)(model, batch)
+        return [loss, *_arrays(gradients).values()]
+
+    return trace(step, arrays)
+
+
+def _arrays(tree: Any) -> dict[str, mx.array]:
+    return cast(dict[str, mx.array], tree_flatten(tree, destination={}))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Number of logits of a position."""
+    tied = model.get("lm_head") is None
+    return weight_shape(model.model.embed_tokens if tied else model.lm_head)[0]
+
+
+def _batch(shape: BatchShape) -> Batch:
+    size = shape.rows, shape.width
+    zeros = np.zeros(size, np.int32)
+    weights = (np.arange(shape.rows * shape.width) < shape.trained).reshape(size)
+    segments = zeros if shape.packed else None
+    return Batch(zeros, zeros, weights.astype(np.float32), segments)
+
+
+def _unknown_sums(norm: AdaptedNorm) -> mx.array:
+    """In the place of sums of squares that would take the weights to compute."""
+    shape = (
+        weight_shape(norm.base)[1:] if isinstance(norm, ColumnNorm) else leading_shape(norm.base)
+    )
+    return mx.zeros(shape)
