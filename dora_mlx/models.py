@@ -34,7 +34,7 @@ def _list() -> int:
             f"{entry.alias:<22} {size:>6} {entry.download_gb:>6.1f} GB "
             f"{entry.train_memory_gb:>6.1f} GB  {entry.license}, {entry.hub or 'embedded'}"
         )
-    print("\n* Estimated for 4 examples of 512 tokens, not measured; see models/registry.toml.")
+    print("\n* Planned for 4 examples of 512 tokens, not measured; see dora-mlx plan.")
     return 0
 
 

@@ -33,14 +33,8 @@ FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt
 # Without it the first request to a network that swallows packets would wait for ever.
 FIRST_ANSWER_SECONDS = 8.0
 
-# Tokens of the examples that the memory of a training is estimated for.
-TYPICAL_LENGTH = 512
-
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
-
-_BITS_PER_WEIGHT = 4.5  # 4 bits, and a 16-bit scale and bias for each group of 64
-_RUNTIME_BYTES = 0.3e9
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class ModelShape:
 class ModelEntry:
     """One line of the list of models.
 
-    ``train_memory_gb`` is an estimate (see ``estimate_train_memory_gb``), not a measurement.
+    ``train_memory_gb`` is planned (``models/plan_registry.py``), not measured.
     Sizes are in GB of 10^9 bytes. ``hub`` is ``None`` for the embedded model.
     """
 
@@ -87,48 +81,6 @@ class ModelEntry:
     license: str
     note: str
     shape: ModelShape | None
-
-
-def estimate_train_memory_gb(
-    shape: ModelShape,
-    *,
-    rank: int = 8,
-    batch_size: int = 4,
-    length: int = TYPICAL_LENGTH,
-    grad_checkpoint: bool = True,
-) -> float:
-    """Estimated memory of a training step in GB: DoRA on all linear layers of a 4-bit model.
-
-    ``length`` is the tokens of an example, and the activations grow with it. The sum of
-
-    - weights: 4.5 bits each (4 bits, and a 16-bit scale and bias per group of 64);
-    - adapter: A, B and magnitude in float32, with gradient and two Adam moments, 16 bytes each;
-    - blocks, in 16 bits: the activations of one block and as much again for their gradients
-      (of all blocks without gradient checkpointing), among them two ``heads x length x length``
-      arrays, because MLX does not fuse attention under a gradient;
-    - with gradient checkpointing, the 16-bit input of every block;
-    - the loss: 12 bytes for each logit;
-    - 0.3 GB for Python and MLX.
-
-    The activation part was 0.8 to 1.2 of ``mx.get_peak_memory()`` in steps of small float32
-    models (384 wide, 8 blocks, 128 and 512 tokens, on the CPU), with the widths doubled for
-    float32. Nothing was measured at the sizes of the registry.
-    """
-    tokens = batch_size * length
-    trained = shape.layers * sum(rank * (rows + columns) + rows for rows, columns in shape.linears)
-    widths = 6 * shape.hidden + 4 * shape.mlp
-    widths += 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-    block = tokens * widths + 2 * batch_size * shape.heads * length**2
-    live_blocks = 1 if grad_checkpoint else shape.layers
-    block_inputs = tokens * shape.hidden * shape.layers if grad_checkpoint else 0
-    total = (
-        shape.parameters * _BITS_PER_WEIGHT / 8
-        + 16 * trained
-        + 2 * ((live_blocks + 1) * block + block_inputs)
-        + 12 * tokens * shape.vocab
-        + _RUNTIME_BYTES
-    )
-    return round(total / 1e9, 1)
 
 
 def models_dir() -> Path:

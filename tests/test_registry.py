@@ -20,11 +20,9 @@ import pytest
 from huggingface_hub import constants
 
 from dora_mlx import registry
-from dora_mlx.config import TrainConfig
 from dora_mlx.errors import UserError
 from dora_mlx.registry import (
     ModelShape,
-    estimate_train_memory_gb,
     list_models,
     models_dir,
     resolve,
@@ -153,7 +151,6 @@ def test_starter_comes_first_and_the_rest_is_on_the_hub():
 def test_numbers_follow_from_the_shape(entry):
     assert entry.parameters == pytest.approx(entry.shape.parameters, rel=0.01)
     assert entry.download_gb == pytest.approx(entry.shape.parameters * 4.5 / 8e9, abs=0.05)
-    assert entry.train_memory_gb == estimate_train_memory_gb(entry.shape)
     assert entry.license
 
 
@@ -172,8 +169,6 @@ def test_starter_numbers_follow_from_its_folder():
     starter = list_models()[0]
     assert starter.shape == shape
     assert starter.parameters == pytest.approx(shape.parameters, rel=0.01)
-    length = config["max_position_embeddings"]
-    assert starter.train_memory_gb == estimate_train_memory_gb(shape, length=length)
 
 
 def test_parameter_counts_are_the_published_ones():
@@ -181,23 +176,6 @@ def test_parameter_counts_are_the_published_ones():
     assert counts["mistral-7b-4bit"] == pytest.approx(7.248e9, rel=1e-3)
     assert counts["llama-3.2-1b-4bit"] == pytest.approx(1.236e9, rel=1e-3)
     assert counts["phi-4-mini-4bit"] == pytest.approx(3.836e9, rel=1e-3)
-
-
-def test_estimate_is_for_the_default_options():
-    # The defaults stand in two places; without this they drift apart.
-    options = TrainConfig()
-    shape = list_models()[1].shape
-    explicit = estimate_train_memory_gb(shape, rank=options.rank, batch_size=options.batch_size)
-    assert explicit == estimate_train_memory_gb(shape)
-
-
-def test_estimate_grows_with_what_costs_memory():
-    shape = list_models()[-1].shape
-    usual = estimate_train_memory_gb(shape)
-    assert estimate_train_memory_gb(shape, length=2048) > usual
-    assert estimate_train_memory_gb(shape, rank=64) > usual
-    assert estimate_train_memory_gb(shape, grad_checkpoint=False) > usual
-    assert estimate_train_memory_gb(shape, batch_size=1) < usual
 
 
 def test_import_stays_light():
