@@ -20,7 +20,7 @@ from dora_mlx.command_line import (
     parser_for,
     run_command,
 )
-from dora_mlx.config import TrainConfig, read_options
+from dora_mlx.config import TrainConfig, flag_of, read_options
 from dora_mlx.errors import UserError
 from dora_mlx.run_folder import DEFAULT_RUNS_DIR, RunFolder, find_run, new_run
 
@@ -64,6 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="Replace the run if there is one of that name."
     )
     run.add_argument(
+        "--fit",
+        action="store_true",
+        help="Choose batch size (the global batch stays), checkpointing and, last, length so that "
+        "the run fits into memory.",
+    )
+    run.add_argument(
+        "--ignore-memory",
+        action="store_true",
+        help="Start although the run is planned to need more memory than there is.",
+    )
+    run.add_argument(
         "--config",
         metavar="FILE",
         type=Path,
@@ -87,6 +98,8 @@ def _train(arguments: argparse.Namespace) -> int:
                 folder,
                 resume=arguments.resume is not None,
                 overwrite=arguments.overwrite,
+                fit=arguments.fit,
+                ignore_memory=arguments.ignore_memory,
                 listener=display.show,
                 should_stop=lambda: stop.requested,
             )
@@ -118,7 +131,8 @@ def _what_to_train(arguments: argparse.Namespace) -> tuple[TrainConfig, RunFolde
     """Options and folder from flags, a saved configuration or the run to resume."""
     given = given_options(arguments)
     if arguments.resume is not None:
-        if given or arguments.run or arguments.config or arguments.overwrite:
+        others = ("run", "config", "overwrite", "fit", "ignore_memory")
+        if given or any(getattr(arguments, name) for name in others):
             raise UserError(
                 "--resume goes on with a run as it began, so it takes no other option than "
                 "--runs-dir."
@@ -290,13 +304,23 @@ def describe(event: dict[str, Any]) -> str | None:
             f"{event['train_examples']} examples ({event['trained_tokens']:,} trained tokens), "
             f"{event['valid_examples']} to validate, {event['steps']} steps, "
             f"{event['trainable_parameters']:,} trainable parameters ({share:.1%}), "
-            f"on the {event['device'].upper()}"
+            f"on the {event['device'].upper()}{_memory_line(event.get('plan'))}"
         )
     if kind == "validation":
         return f"step {event['step']}: validation loss {event['loss']:.4f}"
     if kind == "warning":
         return f"warning: {event['message']}"
     return None
+
+
+def _memory_line(plan: dict[str, Any] | None) -> str:
+    """What a run is planned to need, and what was chosen for it to fit."""
+    if plan is None:
+        return ""
+    peak, limit = ((plan["calibrated_peak"] or plan["peak"]) / 1e9, plan["limit"] / 1e9)
+    line = f"\nmemory: {peak:.2f} GB of {limit:.1f} GB planned, {plan['verdict']}"
+    chosen = [f"{flag_of(name)} {value}" for name, value in plan["chosen"].items()]
+    return line + (f"; chosen to fit: {' '.join(chosen)}" if chosen else "")
 
 
 if __name__ == "__main__":

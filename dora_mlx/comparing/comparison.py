@@ -19,14 +19,14 @@ from dora_mlx.adapters.trained import load_run
 from dora_mlx.atomic import write_text
 from dora_mlx.comparing.general import GeneralSet
 from dora_mlx.comparing.settings import Contender, Settings, swept
-from dora_mlx.config import TrainConfig
+from dora_mlx.config import SMALL_MODEL, TrainConfig
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import is_quantized, parameter_count
 from dora_mlx.loading import load_base
 from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.events import Listener, read_events
-from dora_mlx.training.finetune import SMALL_MODEL, default_learning_rate, finetune
+from dora_mlx.training.finetune import default_learning_rate, finetune
 from dora_mlx.training.memory_plan import plan_memory
 
 RESULTS_FILE = "comparison.json"

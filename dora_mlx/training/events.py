@@ -27,6 +27,7 @@ class EventLog:
 
     def __init__(self, folder: Path, listener: Listener | None = None):
         self._listener = listener
+        self._watchers: list[Listener] = []
         path = folder / EVENTS_FILE
         _end_last_line(path)
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -42,6 +43,10 @@ class EventLog:
     ) -> None:
         self._file.close()
 
+    def watch(self, listener: Listener) -> None:
+        """Pass every later event on to one more listener, which may write events itself."""
+        self._watchers.append(listener)
+
     def write(self, event: str, **values: Any) -> None:
         """Append one event; a value that is not finite becomes null, which JSON can say."""
         line = {"event": event, "time": time.time(), **values}
@@ -53,6 +58,8 @@ class EventLog:
         self._file.flush()
         if self._listener is not None:
             self._listener(line)
+        for watcher in self._watchers:
+            watcher(line)
 
 
 class EventReader:

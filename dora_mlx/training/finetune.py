@@ -3,32 +3,34 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 import dora_mlx
 from dora_mlx.adapters.adapter_folder import trainable_arrays
 from dora_mlx.adapters.attach import AdapterSpec, attach
-from dora_mlx.config import TrainConfig
-from dora_mlx.data.batches import Batch, BatchStream, validation_batches
-from dora_mlx.data.examples import ExampleSet
+from dora_mlx.config import SMALL_MODEL, TrainConfig
+from dora_mlx.data.batches import Batch, BatchStream, make_batch, validation_batches
+from dora_mlx.data.examples import Examples, ExampleSet
 from dora_mlx.data.preparation import PreparedData, prepare, training_source
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import parameter_count
 from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
 from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
+from dora_mlx.skeleton import find_facts
 from dora_mlx.training.checkpoints import check_space, load_newest_checkpoint
+from dora_mlx.training.device_limits import memory_held_to
 from dora_mlx.training.events import EventLog, Listener
 from dora_mlx.training.loop import Trainer
+from dora_mlx.training.memory_plan import MemoryPlan, MemoryWatch, fit, gigabytes, plan_for
 from dora_mlx.training.packed_attention import why_not_packed
 
-# Models below this size need, and stand, a higher learning rate.
-SMALL_MODEL = 100_000_000
 _PAUSE_POLL_S = 0.2
 
 
@@ -44,6 +46,9 @@ class _Prepared:
     packing_refused: str | None
     total_parameters: int
     description: dict[str, Any]
+    plan: MemoryPlan
+    chosen: dict[str, Any]
+    memory_before: int
 
 
 def finetune(
@@ -52,6 +57,8 @@ def finetune(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    fit: bool = False,
+    ignore_memory: bool = False,
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
@@ -62,6 +69,9 @@ def finetune(
         folder: Where the run lives. It appears when model and data are known to be good.
         resume: Go on from the newest checkpoint in ``folder``.
         overwrite: Replace a run that is there.
+        fit: Change batch size, accumulation, checkpointing and window so that the run fits into
+            memory; what was changed is in the ``start`` event.
+        ignore_memory: Start although the plan says that the run does not fit.
         listener: Called with every event as it is written.
         should_stop: Asked before every step; true ends the run with everything saved.
 
@@ -75,21 +85,30 @@ def finetune(
         UserError: For anything that is the person's to mend; nothing half-made stays behind.
     """
     if resume:
-        prepared = _prepare(config)
+        # It has fitted before, or someone wanted it all the same.
+        prepared = _prepare(config, ignore_memory=True)
         _check_unchanged(folder, prepared)
     else:
         with folder.creating(overwrite):
-            prepared = _prepare(config)
+            prepared = _prepare(config, fit, ignore_memory)
             arrays = trainable_arrays(prepared.base.model).values()
             trainable_bytes = sum(array.nbytes for array in arrays)
             check_space(folder.path, trainable_bytes, config.keep_checkpoints)
             folder.write_config(prepared.description)
-    with folder.lock(), EventLog(folder.path, listener) as log:
+    with (
+        folder.lock(),
+        EventLog(folder.path, listener) as log,
+        memory_held_to(prepared.memory_before + prepared.plan.peak),
+    ):
         trainer = _trainer(prepared, folder, log)
         damaged: list[Path] = []
         if resume:
             damaged = _restore(trainer, folder)
-        log.write("start", **_start_event(trainer, prepared, resume))
+        calibrated = _calibrate(trainer, prepared)
+        log.watch(
+            MemoryWatch(log, max(prepared.plan.peak, calibrated or 0), prepared.memory_before)
+        )
+        log.write("start", **_start_event(trainer, prepared, resume, calibrated))
         for message in _warnings(prepared, trainer, damaged):
             log.write("warning", step=trainer.progress.step, message=message)
         try:
@@ -115,7 +134,7 @@ def _told_to_stop(folder: RunFolder, should_stop: Callable[[], bool]) -> bool:
     return True
 
 
-def _prepare(config: TrainConfig) -> _Prepared:
+def _prepare(config: TrainConfig, fit_it: bool = False, ignore_memory: bool = False) -> _Prepared:
     """Read the data, load the model, attach the adapter and settle what was left open."""
     path = resolve(config.model)
     # Bad data is reported before the weights are read.
@@ -126,6 +145,11 @@ def _prepare(config: TrainConfig) -> _Prepared:
             f"{data.files.train} has no example to train on: of its {data.reports[0].rows} rows "
             "none that is for training has an answer within --max-seq-length tokens."
         )
+    config, plan, chosen = _planned(config, train.examples, path, fit_it, ignore_memory)
+    if "max_seq_length" in chosen:
+        data = prepare(config, training_source(config), load_tokenizer(path))
+        train = data.train
+    memory_before = mx.get_active_memory()
     base = load_base(path)
     refused = why_not_packed(base.model) if config.pack else None
     window = config.max_seq_length if config.pack and refused is None else None
@@ -157,7 +181,46 @@ def _prepare(config: TrainConfig) -> _Prepared:
             "python": platform.python_version(),
         },
     }
-    return _Prepared(settled, base, spec, data, batches, refused, total_parameters, description)
+    return _Prepared(
+        settled, base, spec, data, batches, refused, total_parameters, description, plan, chosen,
+        memory_before,
+    )  # fmt: skip
+
+
+def _planned(
+    config: TrainConfig, examples: Examples, path: Path, fit_it: bool, ignore_memory: bool
+) -> tuple[TrainConfig, MemoryPlan, dict[str, Any]]:
+    """The options to train with, their plan, and what was changed in them to fit.
+
+    Raises:
+        UserError: If the run does not fit and is not to start all the same.
+    """
+    facts = find_facts(str(path))
+    if fit_it:
+        fitted = fit(config, facts, examples)
+        return fitted.config, fitted.plan, fitted.changes
+    plan = plan_for(config, facts, examples)
+    if plan.verdict == "does not fit" and not ignore_memory:
+        raise UserError(
+            f"The run needs {gigabytes(plan.peak)} of memory and this machine gives "
+            f"{gigabytes(plan.limit)}. {' '.join(plan.advice)} --fit chooses for you, and "
+            "--ignore-memory starts all the same."
+        )
+    return config, plan, {}
+
+
+def _calibrate(trainer: Trainer, prepared: _Prepared) -> int | None:
+    """Peak of the largest batch, tried out and thrown away; ``None`` for models that are small.
+
+    Small ones need so little that it is not worth the time.
+    """
+    if prepared.total_parameters < SMALL_MODEL:
+        return None
+    examples, rows = prepared.data.train.examples, prepared.config.batch_size
+    longest = np.argsort(examples.lengths)[-rows:].tolist()
+    mx.reset_peak_memory()
+    trainer.rehearse(make_batch([examples[index] for index in longest]))
+    return mx.get_peak_memory() - prepared.memory_before
 
 
 def _settle(config: TrainConfig, rows: int, small_model: bool) -> TrainConfig:
@@ -218,7 +281,10 @@ def _restore(trainer: Trainer, folder: RunFolder) -> list[Path]:
     return damaged
 
 
-def _start_event(trainer: Trainer, prepared: _Prepared, resume: bool) -> dict[str, Any]:
+def _start_event(
+    trainer: Trainer, prepared: _Prepared, resume: bool, calibrated: int | None
+) -> dict[str, Any]:
+    plan = {name: value for name, value in asdict(prepared.plan).items() if name != "advice"}
     trainable = sum(array.size for array in trainable_arrays(prepared.base.model).values())
     return {
         "resumed_from": trainer.progress.step if resume else None,
@@ -231,6 +297,7 @@ def _start_event(trainer: Trainer, prepared: _Prepared, resume: bool) -> dict[st
         "trained_tokens": prepared.data.train.trained_tokens,
         "trainable_parameters": trainable,
         "total_parameters": prepared.total_parameters,
+        "plan": {**plan, "calibrated_peak": calibrated, "chosen": prepared.chosen},
         "device": str(mx.default_device().type).removeprefix("DeviceType."),
     }
 

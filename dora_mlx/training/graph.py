@@ -61,11 +61,11 @@ _lock = threading.RLock()
 
 @contextmanager
 def nothing_evaluated() -> Iterator[None]:
-    """Within the block ``mx.eval`` in this thread raises as it does inside ``mx.compile``.
+    """Within the block ``mx.eval`` in this thread does nothing.
 
     So a model can be built and adapted whose weights would not fit into memory.
     """
-    with standing_in(mx, {"eval": _refuse_to_evaluate}):
+    with standing_in(mx, {"eval": lambda *_: None}):
         yield
 
 
@@ -126,6 +126,7 @@ class _Tracer:
             "vjp": self._vjp,
             "value_and_grad": self._value_and_grad,
             "gather_mm": self._gather_mm,
+            "eval": _refuse_to_evaluate,
         }
         with standing_in(mx, substitutes):
             yield
@@ -363,7 +364,8 @@ def _floats(arrays: Arrays) -> Arrays:
 
 
 def _refuse_to_evaluate(*_: Any) -> None:
-    raise ValueError("nothing is evaluated here")
+    # As inside mx.compile.
+    raise ValueError("what is traced has no values")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The training loop: optimizer steps from a stream of batches, written down as events."""
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -168,9 +168,7 @@ class Trainer:
         tokens = sum(batch.trained_tokens for batch in micro_batches)
         loss = mx.array(0.0)
         total: Any = None
-        recompute = checkpointed_blocks if self.config.grad_checkpoint else nullcontext
-        # The norms depend on parameters that do not change before the update.
-        with hoisted_norms(self.model), lean_backward(), recompute(self.model):
+        with self._ready():
             for batch in micro_batches:
                 part, gradients = self._loss_and_gradients(self.model, batch)
                 loss = loss + part
@@ -179,6 +177,23 @@ class Trainer:
                 # The screen of a Mac is drawn by the same GPU, and macOS ends what holds it.
                 time.sleep(self.config.pause_ms / 1000)
         return loss / tokens, tree_map(partial(mx.multiply, 1 / tokens), total), tokens
+
+    def rehearse(self, batch: Batch) -> None:
+        """Loss and gradients of a batch, thrown away: it takes a step's memory and changes nothing.
+
+        Random numbers drawn here do no harm: every step starts from a seed of its own.
+        """
+        self.model.train()
+        with self._ready():
+            mx.eval(self._loss_and_gradients(self.model, batch))
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """What surrounds the passes of a step."""
+        recompute = checkpointed_blocks if self.config.grad_checkpoint else nullcontext
+        # The norms depend on parameters that do not change before the update.
+        with hoisted_norms(self.model), lean_backward(), recompute(self.model):
+            yield
 
     def _skip(self, step: int) -> int:
         """Record a step without a finite gradient; returns how many there were in a row."""

@@ -18,11 +18,14 @@ from dora_mlx.kernels.frozen_product import assuming_device, on_cpu
 from dora_mlx.loading import load_tokenizer
 from dora_mlx.skeleton import ModelFacts, find_facts
 from dora_mlx.training.device_limits import memory_limit
+from dora_mlx.training.events import Event, EventLog
 from dora_mlx.training.step_memory import BatchShape, predict
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
 _TIGHT = 0.9
+# Beyond the error of a plan.
+_GROWTH = 1.15
 # Shorter windows than this cut most conversations.
 _SHORTEST_WINDOW = 256
 
@@ -150,6 +153,36 @@ def fit(
         f"checkpointing still needs {gigabytes(plan.peak)} of the {gigabytes(plan.limit)} that "
         "there are. Choose a smaller model, or one of fewer bits."
     )
+
+
+class MemoryWatch:
+    """Reader of a run's events that warns, once, when memory grows beyond the plan.
+
+    Args:
+        log: Where the warning goes.
+        planned: Bytes that the run was planned, or found, to need.
+        before: Bytes that MLX held before the run.
+    """
+
+    def __init__(self, log: EventLog, planned: int, before: int):
+        self._log = log
+        self._planned = planned
+        self._before = before
+        self._warned = False
+
+    def __call__(self, event: Event) -> None:
+        """Look at one event."""
+        needed = event.get("peak_memory_bytes", 0) - self._before
+        if self._warned or needed <= _GROWTH * self._planned:
+            return
+        self._warned = True
+        self._log.write(
+            "warning",
+            step=event["step"],
+            message=f"the run needs {gigabytes(needed)} of memory, more than the "
+            f"{gigabytes(self._planned)} that were planned; a smaller --batch-size or "
+            "--max-seq-length needs less",
+        )
 
 
 def gigabytes(size: int) -> str:

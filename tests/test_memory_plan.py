@@ -1,0 +1,209 @@
+"""The plan of a run's memory: what it predicts is what MLX then needs."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from benchmarks.plan import ROWS, Row, facts_of, measured, predicted
+from dora_mlx.config import TrainConfig
+from dora_mlx.data.examples import Example, Examples
+from dora_mlx.errors import UserError
+from dora_mlx.run_folder import new_run
+from dora_mlx.skeleton import build_skeleton, find_facts
+from dora_mlx.training import device_limits, memory_plan
+from dora_mlx.training.events import EventLog, read_events
+from dora_mlx.training.finetune import finetune
+from dora_mlx.training.graph import trace
+from dora_mlx.training.graph_memory import peak_of
+from dora_mlx.training.memory_plan import Machine, MemoryWatch, fit, plan_for, plan_memory
+
+MEASURED = [
+    Row("llama", 4, 128, {"grad_checkpoint": True}),
+    Row("llama", 1, 512, {"grad_checkpoint": False}),
+    Row("qwen3", 4, 64, {"grad_checkpoint": True}),
+    Row("gemma3_text", 4, 64, {"grad_checkpoint": False}),
+    Row("phi3", 2, 128, {"grad_checkpoint": True}),
+    Row("olmo2", 2, 256, {"grad_checkpoint": True}),
+    Row("mixtral", 4, 64, {"grad_checkpoint": False}),
+    Row("llama", 2, 128, {"method": "lora", "rank": 32}),
+    Row("llama", 2, 128, {"grad_accumulation_steps": 2}),
+    Row("llama", 2, 128, {"num_layers": 2}),
+    Row("llama", 2, 128, {"pack": True}),
+]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row.title)
+def test_prediction_is_within_15_percent_of_the_measured_peak(row):
+    parts = predicted(row)
+    assert sum(parts.values()) == pytest.approx(measured(row, parts), rel=0.15)
+
+
+def test_the_benchmark_covers_every_family_with_and_without_checkpointing():
+    kinds = {(row.family, row.options.get("grad_checkpoint")) for row in ROWS}
+    assert {(name, flag) for name in ("llama", "qwen3", "phi3") for flag in (True, False)} <= kinds
+
+
+def test_parts_that_stay_are_exact(starter):
+    config = TrainConfig(model="starter")
+    parts = plan_memory(config).parts
+    arrays = [a for _, a in tree_flatten(starter.model.parameters())]
+    assert parts["weights"] == sum(a.nbytes for a in arrays)
+    # Adam keeps two moments of every trained value, and a few counters.
+    assert parts["optimizer"] == pytest.approx(2 * parts["adapter"], rel=1e-3)
+
+
+def test_nothing_is_read_or_computed_for_a_plan():
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    plan = plan_memory(TrainConfig(model="llama-3.1-8b-4bit", max_seq_length=512))
+    assert plan.peak > 5e9
+    assert mx.get_peak_memory() - before < 2**20
+
+
+def test_plan_follows_the_options():
+    config = TrainConfig(model="qwen3-0.6b-4bit", max_seq_length=257)
+
+    def peak(**options):
+        return plan_memory(replace(config, **options), machine=Machine.mac(64)).peak
+
+    usual = peak()
+    assert peak(grad_checkpoint=False) > 1.5 * usual
+    assert peak(batch_size=1) < usual
+    assert peak(rank=64) > usual
+    assert peak(num_layers=4) < usual
+    assert peak(method="full") > 2 * usual
+
+
+def test_advice_names_flags_and_fit_takes_them():
+    config = TrainConfig(model="llama-3.2-1b-4bit", max_seq_length=1024, grad_checkpoint=False)
+    facts, small = find_facts(config.model, ask_hub=False), Machine(4 * 10**9, cpu=False)
+    plan = plan_for(config, facts, None, small)
+    assert plan.verdict == "does not fit"
+    assert any(sentence.startswith("--grad-checkpoint would need") for sentence in plan.advice)
+    fitted = fit(config, facts, None, small)
+    assert fitted.plan.verdict == "fits"
+    chosen = fitted.config
+    assert chosen.batch_size * chosen.grad_accumulation_steps == config.batch_size
+    assert fitted.changes
+    with pytest.raises(UserError, match="Choose a smaller model"):
+        fit(config, facts, None, Machine(10**8, cpu=False))
+
+
+def test_only_the_longest_examples_count():
+    config = TrainConfig(model="starter", batch_size=2)
+    examples = Examples.of([Example(np.ones(n, np.int32), np.arange(n) > 0) for n in (9, 41, 20)])
+    shape = memory_plan.largest_batch(config, examples)
+    assert (shape.rows, shape.width, shape.trained) == (2, 40, 40 + 19)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(tmp_path, chat_file, monkeypatch):
+    monkeypatch.setattr(memory_plan, "memory_limit", lambda: 10**6)
+    config = TrainConfig(data=str(chat_file), steps=1)
+    folder = new_run("r", tmp_path, "r")
+    with pytest.raises(UserError, match="--ignore-memory starts all the same"):
+        finetune(config, folder)
+    assert not folder.path.exists()
+    assert finetune(config, folder, ignore_memory=True) == "completed"
+    (start, *_) = read_events(folder.path)
+    assert start["plan"]["verdict"] == "does not fit"
+    assert start["plan"]["peak"] == sum(start["plan"]["parts"].values())
+
+
+def test_fit_changes_the_run_and_says_so(tmp_path, chat_file, monkeypatch):
+    config = TrainConfig(data=str(chat_file), steps=1, batch_size=8)
+    whole = plan_memory(config)
+    monkeypatch.setattr(memory_plan, "memory_limit", lambda: whole.peak)
+    folder = new_run("r", tmp_path, "r")
+    finetune(config, folder, fit=True)
+    chosen = read_events(folder.path)[0]["plan"]["chosen"]
+    options = folder.read_config()["options"]
+    assert chosen["batch_size"] == options["batch_size"] < 8
+    assert options["batch_size"] * options["grad_accumulation_steps"] == 8
+
+
+def test_rehearsal_leaves_no_trace(tmp_path, chat_file, monkeypatch):
+    from dora_mlx.training import finetune as story
+
+    config = TrainConfig(data=str(chat_file), steps=3, dropout=0.1)
+    losses = []
+    for name, small in (("with", 1), ("without", 10**12)):
+        monkeypatch.setattr(story, "SMALL_MODEL", small)
+        # Checkpointing and rate are settled by size as well.
+        settled = replace(config, grad_checkpoint=False, learning_rate=1e-3)
+        folder = new_run(name, tmp_path, name)
+        finetune(settled, folder)
+        events = read_events(folder.path)
+        assert (events[0]["plan"]["calibrated_peak"] is None) == (name == "without")
+        losses.append([event["loss"] for event in events if event["event"] == "step"])
+    assert losses[0] == losses[1]
+
+
+def test_growth_beyond_the_plan_is_said_once(tmp_path):
+    with EventLog(tmp_path) as log:
+        log.watch(MemoryWatch(log, planned=100, before=50))
+        for step, peak in enumerate((140, 200, 300), start=1):
+            log.write("step", step=step, peak_memory_bytes=peak)
+    warnings = [e for e in read_events(tmp_path) if e["event"] == "warning"]
+    assert [e["step"] for e in warnings] == [2]
+
+
+def test_limits_of_a_mac_are_set_and_put_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(device_limits.mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(
+        device_limits.mx, "device_info", lambda: {"max_recommended_working_set_size": 500}
+    )
+    monkeypatch.setattr(device_limits.mx, "set_wired_limit", lambda n: calls.append(n) or 7)
+    before = mx.get_memory_limit()
+    with device_limits.memory_held_to(1000):
+        assert mx.get_memory_limit() == 900
+    assert mx.get_memory_limit() == before
+    assert calls == [500, 7]
+
+
+def test_graph_of_custom_gradients_is_what_autodiff_would_build():
+    @mx.custom_function
+    def doubled(x):
+        return 2 * x
+
+    @doubled.vjp
+    def doubled_vjp(x, d, y):
+        return mx.exp(d) * y
+
+    def step(x):
+        return list(mx.vjp(lambda x: mx.sin(double()(x)), [x], [mx.ones((8, 8))])[1])
+
+    def double():
+        function = mx.custom_function(lambda x: 2 * x)
+        function.vjp(lambda x, d, y: mx.exp(d) * y)
+        return function
+
+    graph = trace(step, [mx.zeros((8, 8))])
+    kinds = {node.kind for node in graph.nodes}
+    assert {"Exp", "Cos"} <= kinds
+    assert 256 <= peak_of(graph).total <= 4 * 256
+
+
+def test_skeleton_of_the_starter_is_the_starter(starter):
+    facts = find_facts("starter")
+    shapes = {n: a.shape for n, a in tree_flatten(build_skeleton(facts).parameters())}
+    assert shapes == {n: a.shape for n, a in tree_flatten(starter.model.parameters())}
+
+
+def test_command_prints_json_and_refuses_nonsense(capsys):
+    from dora_mlx.plan import main
+
+    assert main(["--json", "--model", "starter"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["verdict"] == "fits"
+    assert main(["--model", "no-such-model"]) == 2
+    assert "No model is called" in capsys.readouterr().err
+
+
+def test_synthetic_models_build_without_a_folder():
+    assert len(build_skeleton(facts_of("llama")).layers) == 6
