@@ -19,7 +19,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from dora_mlx import registry
+from dora_mlx import registry, skeleton
 from dora_mlx.errors import UserError
 from dora_mlx.registry import (
     ModelShape,
@@ -376,3 +376,42 @@ def test_downloaded_folder_without_a_model(hub, monkeypatch):
     # A GGUF-only repository has a config.json but nothing that MLX loads.
     monkeypatch.delitem(FILES, "model.safetensors")
     assert "no weights" in message_of(REPO)
+
+
+# --- what is known before a download ----------------------------------------------------------
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 100,
+    "rope_theta": 10000.0,
+    "quantization": {"group_size": 64, "bits": 4},
+}
+
+
+def test_two_small_files_of_the_hub_are_enough_for_a_plan(hub, cache, monkeypatch):
+    names = {"model.layers.0.self_attn.q_proj.scales": "model.safetensors"}
+    monkeypatch.setitem(FILES, "config.json", json.dumps(TINY).encode())
+    index = json.dumps({"weight_map": names}).encode()
+    monkeypatch.setitem(FILES, "model.safetensors.index.json", index)
+    skeleton._from_hub.cache_clear()
+    facts = skeleton.find_facts(REPO)
+    assert (facts.source, facts.weights) == ("hub", frozenset(names))
+    layers = skeleton.build_skeleton(facts).layers
+    # Only what the index names is quantized.
+    assert "scales" in layers[0].self_attn.q_proj
+    assert "scales" not in layers[1].self_attn.q_proj
+    assert not list(cache.rglob("*.safetensors"))
+    skeleton._from_hub.cache_clear()
+
+
+def test_without_a_network_the_registry_knows_the_sizes(closed_network):
+    facts = skeleton.find_facts("qwen3-0.6b-4bit")
+    assert facts.source == "registry"
+    assert facts.config["hidden_size"] == 1024
+    with pytest.raises(UserError, match="cannot be reached"):
+        skeleton.find_facts("owner/unknown")
