@@ -1,17 +1,19 @@
 """DoRA against LoRA: single layers, whole training steps, and decoding.
 
-    python -m benchmarks.dora [--json FILE] [--only layers,steps,decode] [--repetitions N]
+    python -m benchmarks.dora [--json FILE] [--only layers,few,steps,decode] [--repetitions N]
 
 Four variants on the same frozen weights: our DoRA and LoRA, and mlx-lm's. On the CPU mlx-lm's
 LoRA gets our product with the frozen weight too, since MLX's quantized CPU product is some 20
 times slower and would hide everything else; its DoRA dequantizes by itself. Our DoRA computes its
-norms in every step. Ratios are to mlx-lm's LoRA.
+norms in every step. In whole steps every variant has the chunked loss, and one more is our DoRA as
+it is trained here, with attention and activations recomputed in the backward. Ratios are to
+mlx-lm's LoRA.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx_lm.models import llama
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from dora_mlx.adapters.attach import attach
@@ -31,12 +33,17 @@ from dora_mlx.data.batches import Batch
 from dora_mlx.kernels.frozen_product import use_blocked_products
 from dora_mlx.layers import hoisted_norms
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
+from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import ChunkedLoss
 
 RANK, ALPHA, TOKENS = 8, 16.0, 512
+# Tokens and ranks where the norm, whose cost does not fall with the tokens, shows most.
+FEW_TOKENS = ((32, 8), (128, 8), (128, 64), (512, 64))
+PROMPT_TOKENS, ANSWER_TOKENS = 64, 16
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
 REFERENCE = "mlx-lm LoRA"
 VARIANTS = (REFERENCE, "mlx-lm DoRA", "our LoRA", "our DoRA")
+AS_TRAINED = "our DoRA as trained"
 # 8 blocks, 768 wide, vocabulary 32,000: 105 million parameters.
 LLAMA = {
     "model_type": "llama",
@@ -57,13 +64,14 @@ def main() -> None:
     """Measure, print the tables and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="Write the measurements to this file.")
-    parser.add_argument("--only", default="layers,steps,decode", help="Parts to run.")
+    parser.add_argument("--only", default="layers,few,steps,decode", help="Parts to run.")
     parser.add_argument("--repetitions", type=int, default=3, help="Timed runs of every variant.")
     arguments = parser.parse_args()
     about = environment()
     print("\n".join(f"- {name}: {value}" for name, value in about.items()), flush=True)
     parts: dict[str, Callable[[int], Iterator[tuple[str, dict[str, Measurement]]]]] = {
         "layers": layers,
+        "few": few,
         "steps": steps,
         "decode": decode,
     }
@@ -82,17 +90,17 @@ def dtype() -> mx.Dtype:
     return mx.float32 if on_cpu() else mx.bfloat16
 
 
-def adapted(model: nn.Module, variant: str) -> nn.Module:
+def adapted(model: nn.Module, variant: str, rank: int = RANK) -> nn.Module:
     """``model`` with the adapter of ``variant`` on every linear layer of its blocks."""
     if on_cpu():
         use_blocked_products(model)
     mx.random.seed(0)
-    method = "dora" if variant.endswith("DoRA") else "lora"
+    method = "dora" if "DoRA" in variant else "lora"
     if variant.startswith("our"):
-        attach(model, method, rank=RANK, alpha=ALPHA)
+        attach(model, method, rank=rank, alpha=ALPHA)
     else:
         model.freeze()
-        options = {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0}
+        options = {"rank": rank, "scale": ALPHA / rank, "dropout": 0.0}
         linear_to_lora_layers(model, len(model.layers), options, use_dora=method == "dora")
     mx.eval(model.parameters())
     return model
@@ -126,16 +134,29 @@ def layers(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
     """Forward and backward of one layer, the norm included."""
     for bits in (4, None):
         for out, width in LAYERS:
-            x = mx.random.normal((1, TOKENS, width)).astype(dtype())
-            d = mx.random.normal((1, TOKENS, out)).astype(dtype())
-            mx.eval(x, d)
-            jobs = {
-                variant: _layer_job(adapted(OneLayer(out, width, bits), variant), x, d)
-                for variant in VARIANTS
-            }
-            kind = f"{bits}-bit" if bits else "dense"
-            title = f"One layer {out} from {width}, {kind}, {TOKENS} tokens, forward and backward"
-            yield title, measure(jobs, repetitions)
+            yield _one_layer(out, width, bits, TOKENS, RANK, repetitions)
+
+
+def few(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+    """The same with few tokens and high ranks."""
+    for bits in (4, None):
+        for tokens, rank in FEW_TOKENS:
+            yield _one_layer(*LAYERS[0], bits, tokens, rank, repetitions)
+
+
+def _one_layer(
+    out: int, width: int, bits: int | None, tokens: int, rank: int, repetitions: int
+) -> tuple[str, dict[str, Measurement]]:
+    x = mx.random.normal((1, tokens, width)).astype(dtype())
+    d = mx.random.normal((1, tokens, out)).astype(dtype())
+    mx.eval(x, d)
+    jobs = {
+        variant: _layer_job(adapted(OneLayer(out, width, bits), variant, rank), x, d)
+        for variant in VARIANTS
+    }
+    kind = f"{bits}-bit" if bits else "dense"
+    title = f"One layer {out} from {width}, {kind}, {tokens} tokens, rank {rank}"
+    return title, measure(jobs, repetitions)
 
 
 def _layer_job(model: nn.Module, x: mx.array, d: mx.array) -> Callable[[], object]:
@@ -161,8 +182,10 @@ def steps(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
     for bits in (4, None):
         for checkpointing in (False, True):
             jobs = {
-                variant: _step_job(_llama(bits, variant), batch, checkpointing)
-                for variant in VARIANTS
+                variant: _step_job(
+                    _llama(bits, variant), batch, checkpointing, lean=variant == AS_TRAINED
+                )
+                for variant in (*VARIANTS, AS_TRAINED)
             }
             kind = f"{bits}-bit" if bits else "dense"
             how = "with" if checkpointing else "without"
@@ -180,13 +203,18 @@ def _llama(bits: int | None, variant: str) -> nn.Module:
     return adapted(model, variant)
 
 
-def _step_job(model: nn.Module, batch: Batch, checkpointing: bool) -> Callable[[], object]:
+def _step_job(
+    model: nn.Module, batch: Batch, checkpointing: bool, lean: bool
+) -> Callable[[], object]:
     optimizer = optim.Adam(1e-4)
     optimizer.init(model.trainable_parameters())
     function = nn.value_and_grad(model, ChunkedLoss())
 
     def job() -> object:
-        with hoisted_norms(model), checkpointed_blocks(model) if checkpointing else nullcontext():
+        with ExitStack() as stack:
+            stack.enter_context(hoisted_norms(model))
+            stack.enter_context(lean_backward() if lean else nullcontext())
+            stack.enter_context(checkpointed_blocks(model) if checkpointing else nullcontext())
             loss, gradients = function(model, batch)
         optimizer.update(model, gradients)
         return loss, model.trainable_parameters(), optimizer.state
@@ -195,21 +223,39 @@ def _step_job(model: nn.Module, batch: Batch, checkpointing: bool) -> Callable[[
 
 
 def decode(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
-    """16 tokens, one at a time, with the adapter not merged."""
-    jobs = {variant: _decode_job(_llama(4, variant)) for variant in VARIANTS}
-    yield "Decoding 16 tokens with a 4-bit llama of 105M", measure(jobs, repetitions)
+    """An answer with the adapter not merged: its prompt, and then one token at a time."""
+    models = {variant: _llama(4, variant).eval() for variant in VARIANTS}
+    jobs = {variant: _prompt_job(model) for variant, model in models.items()}
+    title = f"4-bit llama of 105M: a prompt of {PROMPT_TOKENS} tokens, norms included"
+    yield title, measure(jobs, repetitions)
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(hoisted_norms(model))
+        jobs = {variant: _decode_job(model) for variant, model in models.items()}
+        rows = measure(jobs, repetitions)
+    for row in rows.values():
+        row.tokens = ANSWER_TOKENS
+    yield f"4-bit llama of 105M: {ANSWER_TOKENS} tokens of an answer, one at a time", rows
+
+
+def _prompt_job(model: nn.Module) -> Callable[[], object]:
+    def job() -> object:
+        with hoisted_norms(model):
+            return model(mx.zeros((1, PROMPT_TOKENS), mx.int32), cache=make_prompt_cache(model))
+
+    return job
 
 
 def _decode_job(model: nn.Module) -> Callable[[], object]:
-    model.eval()
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.zeros((1, PROMPT_TOKENS), mx.int32), cache=cache))
 
     def job() -> object:
-        cache = make_prompt_cache(model)
         token = mx.zeros((1, 1), mx.int32)
-        with hoisted_norms(model):
-            for _ in range(16):
-                token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
-                mx.eval(token)
+        for _ in range(ANSWER_TOKENS):
+            token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+            mx.eval(token)
+        trim_prompt_cache(cache, ANSWER_TOKENS)
         return token
 
     return job

@@ -14,11 +14,15 @@ import mlx.core as mx
 
 @dataclass
 class Measurement:
-    """Medians over repetitions, and the peak above what was resident before the job."""
+    """Medians over repetitions, and the peak above what was resident before the job.
+
+    ``tokens`` is how many a job generates, if it does.
+    """
 
     wall_s: float
     cpu_s: float
     peak_bytes: int
+    tokens: int | None = None
 
 
 def on_cpu() -> bool:
@@ -95,8 +99,11 @@ def table(title: str, rows: dict[str, Measurement], reference: str) -> str:
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():
+        taken = f"{time_of(row) * 1e3:.1f} ms"
+        if row.tokens:
+            taken += f" ({row.tokens / time_of(row):.1f} tokens/s)"
         lines.append(
-            f"| {name} | {time_of(row) * 1e3:.1f} ms | {time_of(row) / time_of(base):.2f} "
+            f"| {name} | {taken} | {time_of(row) / time_of(base):.2f} "
             f"| {row.peak_bytes / 2**20:.1f} MiB | {row.peak_bytes / base.peak_bytes:.2f} |"
         )
     return "\n".join(lines)

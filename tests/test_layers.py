@@ -259,3 +259,37 @@ def test_parameter_count_counts_values_and_not_words(bits):
     before = parameter_count(model)
     nn.quantize(model, 64, bits, class_predicate=lambda _, m: isinstance(m, nn.Linear))
     assert parameter_count(model) == before == 256 * 96 + 96 + 96
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_fresh_layer_merges_to_its_base_and_keeps_its_dtype(dtype, bits):
+    # What mlx-lm's own tests of its DoRA layers expect.
+    base = dense(64, 64, bias=False)
+    base.set_dtype(dtype)
+    base = base.to_quantized(32, bits) if bits else base
+    layer = DoRALinear.from_base(base)
+    assert (layer.lora_a.shape, layer.lora_b.shape) == ((64, 8), (8, 64))
+    assert layer.magnitude.shape == (64,)
+    assert layer(mx.ones((2, 64), dtype)).dtype == dtype
+    fused = layer.fuse(dequantize=True)
+    assert type(fused) is nn.Linear
+    assert fused.weight.dtype == dtype
+    assert mx.array_equal(fused.weight, weight_rows(base, 0, 64, mx.float32).astype(dtype))
+
+
+@pytest.mark.parametrize("make_base", list(bases()))
+def test_evaluation_computes_what_training_does(make_base):
+    # Evaluation does without the custom backward, whose parts a decoded token would wait for.
+    mx.random.seed(1)
+    layer = trained(DoRALinear.from_base(make_base(), rank=5))
+    out, width = weight_shape(layer.base)
+    x, d = mx.random.normal((3, 11, width)), mx.random.normal((3, 11, out))
+    y, gradients = computed(layer, x, d)
+    layer.eval()
+    with hoisted_norms(layer):
+        assert_close(layer(x), as64(y), 2e-6)
+        assert_close(layer(x), as64(y), 2e-6, "with the norm of the first call")
+    _, others = computed(layer, x, d)
+    for name, gradient in gradients.items():
+        assert_close(others[name], as64(gradient), 1e-5, name)

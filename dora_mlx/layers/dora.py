@@ -50,11 +50,7 @@ def dora_product(
 
     @mx.custom_function
     def product(magnitude: mx.array, *inputs: mx.array) -> mx.array:
-        gain = magnitude / norm
-        gain = gain if experts is None else gain[experts][..., None, :]
-        # Elementwise and in one pass where that needs no C++ compiler at run time.
-        apply = _apply_gain if on_cpu() else _fused_apply_gain
-        return apply(*forward(*inputs), gain, bias)
+        return _with_gain(*forward(*inputs), _gain(magnitude, norm, experts), bias)
 
     @product.vjp
     def product_vjp(
@@ -72,6 +68,19 @@ def dora_product(
         return d_magnitude, *d_inputs
 
     return cast(mx.array, product(magnitude, *inputs))
+
+
+def _gain(magnitude: mx.array, norm: mx.array, experts: mx.array | None) -> mx.array:
+    gain = magnitude / norm
+    return gain if experts is None else gain[experts][..., None, :]
+
+
+def _with_gain(
+    frozen: mx.array, update: mx.array, gain: mx.array, bias: mx.array | None
+) -> mx.array:
+    # Elementwise and in one pass where that needs no C++ compiler at run time.
+    apply = _apply_gain if on_cpu() else _fused_apply_gain
+    return apply(frozen, update, gain, bias)
 
 
 def _apply_gain(
@@ -151,7 +160,11 @@ class DoRA(LowRankLayer):
         bias: mx.array | None = None,
         experts: mx.array | None = None,
     ) -> mx.array:
-        return dora_product(terms, inputs, self.magnitude, self.norm(), bias, experts)
+        if self.training:
+            return dora_product(terms, inputs, self.magnitude, self.norm(), bias, experts)
+        # The same without what spares memory in a backward: a token at a time, it would be felt.
+        gain = _gain(self.magnitude, self.norm(), experts)
+        return _with_gain(*terms(*inputs), gain, bias)
 
     def _merged_gain(self) -> mx.array | None:
         (norm,) = safe_norms([(self._adapted_norm(), self._update())])
