@@ -4,7 +4,7 @@ python -m benchmarks.vision [--steps 150] [--seeds 3]
 
 A network that tells six shapes apart, bright on dark, is fine-tuned on the same shapes dark on
 bright, with uneven light and more noise: all weights, LoRA and DoRA. The adapters are then merged,
-and the merged network has to compute what the adapted one does. Takes about two minutes on a CPU.
+and the merged network has to compute what the adapted one does.
 """
 
 import argparse
