@@ -9,7 +9,7 @@ VERBS = {
     "check": "look for mistakes in a data file and show what will be learned",
     "chat": "talk to a trained model in the terminal",
     "serve": "serve trained models to other programs on this machine",
-    "export": "write the trained model as safetensors or GGUF",
+    "export": "write the trained model for other programs, and measure it",
     "compare": "train by several methods and say what each cost and gave",
     "merge": "merge several adapters on one base model into one model",
     "inspect": "show how far a run moved each weight",

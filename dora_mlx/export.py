@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dora_mlx.adapters.trained import TrainedModel
     from dora_mlx.exporting.job import Job
     from dora_mlx.exporting.judgement import Reference
-    from dora_mlx.exporting.report import ExportReport
+    from dora_mlx.exporting.report import ExportReport, Training
 
 EXPORTS_DIR = Path("exports")
 
@@ -56,6 +56,9 @@ def export_run(
     quant: str | None = None,
     overwrite: bool = False,
     strict: bool = False,
+    push: str | None = None,
+    public: bool = False,
+    pre: str | None = None,
     progress: Progress | None = None,
 ) -> "ExportReport":
     """Write the trained model of a run, read it back and compare it with the adapted one.
@@ -69,6 +72,9 @@ def export_run(
         quant: Name of one of the format's quants; by default the first.
         overwrite: Replace an export that is there.
         strict: Keep nothing, and raise, when a good part of the training is lost.
+        push: Hub name (owner/name) to upload the export to when it is in place.
+        public: Whether a repository that the upload makes can be seen by everybody.
+        pre: What llama.cpp calls the tokenizer's way of splitting text, where it is not known here.
         progress: Called with the phase and bytes; what it raises ends the export and leaves
             nothing behind.
 
@@ -78,16 +84,23 @@ def export_run(
         VerificationError: If what was written is not the model; nothing of it is kept.
     """
     from dora_mlx.adapters.trained import load_run
+    from dora_mlx.exporting.hub import check_push, upload
     from dora_mlx.exporting.job import run_job
 
     say = progress or (lambda phase, done, total: None)
+    if push is not None:
+        check_push(push)
     say("reading", 0, 0)
-    job = _job(folder, output_format, output, quant, overwrite=overwrite, strict=strict)
+    job = _job(folder, output_format, output, quant, pre=pre, overwrite=overwrite, strict=strict)
     job.prepare()
     trained = load_run(folder)
     say("checking", 0, 0)
     reference = _reference(folder, trained)
-    return run_job(job.with_model(trained.base.model), reference, progress)
+    report = run_job(job.with_model(trained.base.model), reference, progress)
+    if push is not None:
+        say("uploading", 0, 0)
+        upload(report, push, public=public)
+    return report
 
 
 def export_size(
@@ -126,6 +139,7 @@ def _job(
     *,
     overwrite: bool,
     strict: bool = False,
+    pre: str | None = None,
 ) -> "Job":
     export_format = find_format(output_format)
     chosen = export_format.quant(quant)
@@ -138,9 +152,42 @@ def _job(
 
     name = folder.read_config()["options"]["model"]
     base = load_base(resolve(name), lazy=True)
-    source = ExportSource(base, MergedWeights(base.model), folder.path)
+    training = _training(folder, base.path)
+    source = ExportSource(base, MergedWeights(base.model), folder.path, training.base, pre)
     place = output or default_export_path(folder.name, export_format, chosen)
-    return Job(source, export_format, chosen, place, folder.name, name, overwrite, strict)
+    return Job(
+        source,
+        export_format,
+        chosen,
+        place,
+        folder.name,
+        name,
+        overwrite,
+        strict,
+        training,
+    )
+
+
+def _training(folder: RunFolder, base_dir: Path) -> "Training":
+    from dora_mlx.exporting.model_card import license_of
+    from dora_mlx.exporting.report import Training
+    from dora_mlx.registry import public_name
+    from dora_mlx.training.events import read_events
+
+    options = folder.read_config()["options"]
+    base, known_license = public_name(options["model"])
+    events = read_events(folder.path)
+    start: dict[str, Any] = next((e for e in events if e["event"] == "start"), {})
+    return Training(
+        base=base,
+        license=known_license or license_of(base_dir),
+        method=options["method"],
+        rank=options["rank"],
+        alpha=options["alpha"],
+        steps=max((event.get("step", 0) for event in events), default=0),
+        examples=start.get("train_examples", 0),
+        tokens=start.get("trained_tokens", 0),
+    )
 
 
 def _reference(folder: RunFolder, trained: "TrainedModel") -> "Reference":
@@ -162,6 +209,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to export.")
     add_runs_dir_flag(parser)
     add_export_flags(parser)
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="Upload the export to this repository of the Hugging Face Hub, with a page that says "
+        "what was measured. It is made, private, if it is not there.",
+    )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="With --push: a repository that is made can be seen by everybody.",
+    )
+    parser.add_argument(
+        "--pre",
+        metavar="NAME",
+        help="For GGUF files: what llama.cpp calls the tokenizer's way of splitting text, for a "
+        "tokenizer that the command does not know.",
+    )
     return parser
 
 
@@ -206,7 +270,7 @@ def _export(arguments: argparse.Namespace) -> int:
     find_format(arguments.format).quant(arguments.quant)
     folder = find_run(arguments.run, arguments.runs_dir)
 
-    return print_export(
+    code = print_export(
         lambda progress: export_run(
             folder,
             arguments.format,
@@ -214,9 +278,15 @@ def _export(arguments: argparse.Namespace) -> int:
             quant=arguments.quant,
             overwrite=arguments.overwrite,
             strict=arguments.strict,
+            push=arguments.push,
+            public=arguments.public,
+            pre=arguments.pre,
             progress=progress,
         )
     )
+    if code == 0 and arguments.push is not None:
+        print(f"Uploaded to {arguments.push}.")
+    return code
 
 
 def print_export(write: Callable[[Progress], "ExportReport"]) -> int:

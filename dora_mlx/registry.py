@@ -33,7 +33,7 @@ FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt
 # Without it the first request to a network that swallows packets would wait for ever.
 FIRST_ANSWER_SECONDS = 8.0
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
@@ -122,6 +122,18 @@ def cached_models() -> list[str]:
     return [entry.alias for entry in list_models() if not entry.hub or _cached(entry.hub)]
 
 
+def public_name(name: str) -> tuple[str, str | None]:
+    """What others know a model by, and its licence where the registry says it.
+
+    An alias becomes its Hub name, and a folder its last part: where it lies on this machine is
+    nobody else's business.
+    """
+    for entry in list_models():
+        if name.lower() == entry.alias or (entry.hub and name == entry.hub):
+            return entry.hub or entry.alias, entry.license
+    return (Path(name).name if _looks_like_path(name) and os.path.exists(name) else name), None
+
+
 def resolve(name: str) -> Path:
     """The local folder of a model, downloaded first if need be.
 
@@ -193,7 +205,7 @@ def _locate(name: str) -> Path | str:
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return _checked(Path(path))
-    if _HUB_NAME.fullmatch(name):
+    if HUB_NAME.fullmatch(name):
         return name
     if _looks_like_path(name):
         raise UserError(f"There is no folder {name}. Check the path, or name a model: {LIST_HINT}.")

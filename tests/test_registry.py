@@ -143,7 +143,7 @@ def test_starter_comes_first_and_the_rest_is_on_the_hub():
     assert len(others) >= 20
     hubs = [entry.hub for entry in others]
     assert len(set(hubs)) == len(hubs)
-    assert all(registry._HUB_NAME.fullmatch(name) for name in hubs)
+    assert all(registry.HUB_NAME.fullmatch(name) for name in hubs)
     assert all(entry.alias == entry.alias.lower() for entry in others)
 
 

@@ -13,11 +13,12 @@ from mlx_lm.utils import _get_classes
 
 from dora_mlx.adapters.attach import attach
 from dora_mlx.exporting.merge import MergedWeights
-from dora_mlx.exporting.reload import logits_of_folder
+from dora_mlx.exporting.reload import logits_of_folder, logits_of_weights
 from dora_mlx.exporting.safetensors import DTYPES, MODEL_TYPES, SafetensorsWriter, stored_tensors
 from dora_mlx.exporting.stored import check_shards
 from dora_mlx.exporting.writer import ExportSource
-from dora_mlx.loading import load_base
+from dora_mlx.loading import LoadedModel, load_base
+from dora_mlx.model_config import read_json
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -206,3 +207,9 @@ def test_names_are_the_inverse_of_what_mlx_lm_does_to_them(tmp_path, model_type)
     assert back.keys() == weights.shapes().keys()
     for name, tensor in back.items():
         assert mx.array_equal(tensor, weights[name]).item(), name
+    # Read block by block, as a file without a program of its own is checked.
+    base = LoadedModel(None, None, read_json(tmp_path / "base" / "config.json"), tmp_path)
+    tokens = mx.array([[5, 9, 17, 80, 3, 44]])
+    logits, _ = logits_of_weights(base, weights, tokens)
+    wanted = np.array(model(tokens))
+    assert np.abs(logits - wanted).max() < 1e-4 * np.abs(wanted).max()

@@ -173,13 +173,16 @@ def peft_problems(spec: AdapterSpec, base: LoadedModel) -> list[str]:
     return problems
 
 
-def write_peft(folder: Path, adapter: StoredAdapter, base: LoadedModel) -> None:
+def write_peft(
+    folder: Path, adapter: StoredAdapter, base: LoadedModel, base_name: str | None = None
+) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads, each file atomically.
 
     Args:
         folder: An existing folder.
         adapter: One that fits ``base``.
         base: The base model; only shapes and names of it are needed.
+        base_name: What the adapter says that it belongs to; by default the folder of ``base``.
 
     Raises:
         UserError: With ``peft_problems``; nothing is written then.
@@ -193,6 +196,7 @@ def write_peft(folder: Path, adapter: StoredAdapter, base: LoadedModel) -> None:
         name = _peft_parameter(parameter, path in embeddings)
         arrays[f"{_PREFIX}{path}.{name}"] = mx.contiguous(array if array.ndim < 2 else array.T)
     settings = _settings_of(adapter.spec, base)
+    settings["base_model_name_or_path"] = base_name or str(base.path)
     with replacing(folder / PEFT_WEIGHTS_FILE) as temporary:
         save_arrays(temporary, arrays)
     write_text(folder / PEFT_CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
@@ -211,7 +215,6 @@ def _settings_of(spec: AdapterSpec, base: LoadedModel) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.path),
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": False,

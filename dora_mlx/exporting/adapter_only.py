@@ -102,7 +102,7 @@ class PeftWriter(AdapterWriter):
 
     def fill(self, folder: Path, adapter: StoredAdapter, source: ExportSource) -> None:
         """Write both files."""
-        write_peft(folder, adapter, source.base)
+        write_peft(folder, adapter, source.base, source.base_name)
 
     def attach(self, model: nn.Module, folder: Path, source: ExportSource) -> str:
         """Read it by our own reader: PEFT needs the model as Transformers has it."""

@@ -164,6 +164,15 @@ EXPORT_FORMATS = (
         writer_at="dora_mlx.exporting.gguf_file:WRITER",
     ),
     ExportFormat(
+        "ollama",
+        "a folder with a GGUF file and the Modelfile to create an Ollama model from",
+        "llama.cpp",
+        _GGUF_QUANTS,
+        keeps="bf16",
+        suffix="",
+        writer_at="dora_mlx.exporting.ollama:WRITER",
+    ),
+    ExportFormat(
         ADAPTER_FORMAT,
         "the adapter alone, for mlx-lm with the same base model: nothing is rounded",
         "mlx-lm",

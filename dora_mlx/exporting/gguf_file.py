@@ -5,10 +5,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from dora_mlx.exporting.gguf.read import read_tensors
+from dora_mlx.exporting.gguf.read import WrittenTensors
 from dora_mlx.exporting.gguf.tokenization import check_gguf_tokens, probes_for
 from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
-from dora_mlx.exporting.gguf.write import check_gguf_base, gguf_size, plan_file, write_gguf
+from dora_mlx.exporting.gguf.write import (
+    check_gguf_base,
+    gguf_size,
+    notes_on,
+    plan_file,
+    write_gguf,
+)
 from dora_mlx.exporting.logits import coarser
 from dora_mlx.exporting.reload import logits_of_weights
 from dora_mlx.exporting.staging import Progress
@@ -65,16 +71,17 @@ class GgufWriter:
         count = check_gguf_tensors(written, source.weights, source.base_dir, quant)
         precision = gguf_precision(quant)
         plan = plan_file(source.base_dir, source.weights, quant)
+        vocabulary = read_vocabulary(source.base_dir, plan.rows(), source.pre)
+        notes = notes_on(source.weights, plan, vocabulary)
         if llama_cpp_is_installed():
-            vocabulary = read_vocabulary(source.base_dir, plan.rows(), source.pre)
             texts = probes_for(vocabulary)
             [(logits, cut)] = run_llama_cpp([written], tokens, texts)
             check_gguf_tokens(cut, texts, source.base_dir, written)
-            return Reading("llama.cpp", count, logits, precision)
-        logits, computed_in = logits_of_weights(source.base, read_tensors(written, plan), tokens)
+            return Reading("llama.cpp", count, logits, precision, " ".join(notes) or None)
+        logits, computed_in = logits_of_weights(source.base, WrittenTensors(written, plan), tokens)
         if precision is not None:
             precision = coarser(precision, computed_in)
-        return Reading("mlx-lm", count, logits, precision, _NOT_INSTALLED)
+        return Reading("mlx-lm", count, logits, precision, " ".join([*notes, _NOT_INSTALLED]))
 
 
 WRITER = GgufWriter()

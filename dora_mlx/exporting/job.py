@@ -16,10 +16,12 @@ from dora_mlx.exporting.formats import ExportFormat, Quant
 from dora_mlx.exporting.judgement import Judgement, Reference, judge
 from dora_mlx.exporting.logits import LIMITS, VerificationError, logits_of
 from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.exporting.model_card import CARD_FILE, model_card
 from dora_mlx.exporting.prompts import Prompts
-from dora_mlx.exporting.report import ExportReport, report_path
+from dora_mlx.exporting.report import ExportReport, Training, report_path
 from dora_mlx.exporting.staging import check_space, check_target
 from dora_mlx.exporting.writer import ExportSource, Reading
+from dora_mlx.registry import public_name
 
 # Called with what is being done (reading, writing, checking, uploading), and with the bytes done
 # and in all where it is known how many there are, else 0 and 0.
@@ -47,6 +49,7 @@ class Job:
         model_name: The base model as a person names it.
         overwrite: Replace an export that is there.
         strict: Keep nothing that has lost a good part of the training.
+        training: How the model was trained, where it is a single run's.
     """
 
     source: ExportSource
@@ -57,6 +60,7 @@ class Job:
     model_name: str
     overwrite: bool = False
     strict: bool = False
+    training: Training | None = None
 
     def prepare(self) -> None:
         """Find out that the export can be written, before any weight is read.
@@ -122,6 +126,7 @@ def run_job(job: Job, reference: Reference, progress: Progress | None = None) ->
             raise TrainingLostError(report)
         if written.is_dir():
             _save(report, report_path(written))
+            (written / CARD_FILE).write_text(model_card(report), encoding="utf-8")
         reports.append(report)
 
     writer.write(
@@ -166,7 +171,7 @@ def _report(
     )
     return ExportReport(
         run=job.run,
-        base_model=job.model_name,
+        training=job.training or Training(*public_name(job.model_name)),
         format=job.export_format.name,
         quant=job.quant.name,
         output=str(job.output),
@@ -192,6 +197,8 @@ def _report(
 
 
 def _save(report: ExportReport, path: Path) -> None:
+    # A folder may move, and its place on this machine is nobody else's business.
+    report = replace(report, output=Path(report.output).name)
     write_text(path, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,41 @@ class ModelFigures:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How the exported model was trained, as far as its page says it.
+
+    Attributes:
+        base: The base model, without the place where it lies on this machine.
+        license: Of the base model, as far as it is known.
+        method: ``dora``, ``lora`` or ``full``; ``None`` for a model that is no single run's, of
+            which the rest is 0.
+        rank: Of the update.
+        alpha: Its strength.
+        steps: Updates of the optimizer.
+        examples: Examples that were trained on.
+        tokens: Tokens of their answers.
+    """
+
+    base: str
+    license: str | None
+    method: str | None = None
+    rank: int = 0
+    alpha: float = 0.0
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What was written, what read it back, and what is left of the training in it.
 
     Attributes:
         run: Name of the run.
-        base_model: The base model as the run names it.
+        training: How it was trained.
         format: As in ``--format``.
         quant: As in ``--quant``.
-        output: Path of the file or folder.
+        output: Path of the file or folder; its name alone in the saved report.
         size_bytes: Its size.
         program: What read it back.
         tensors: How many tensors were compared with the weights they were written from.
@@ -67,7 +93,7 @@ class ExportReport:
     """
 
     run: str
-    base_model: str
+    training: Training
     format: str
     quant: str
     output: str
@@ -101,7 +127,9 @@ class ExportReport:
             )
             for name in ("base", "trained", "exported")
         }
-        return cls(**{**values, **figures, "verdict": tuple(values["verdict"])})
+        training = Training(**values["training"])
+        verdict = tuple(values["verdict"])
+        return cls(**{**values, **figures, "training": training, "verdict": verdict})
 
     def table(self) -> list[str]:
         """The figures as lines of text, one model a line."""
@@ -122,7 +150,8 @@ def read_export_report(output: Path) -> ExportReport | None:
     path = report_path(output)
     if not path.is_file():
         return None
-    return ExportReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    report = ExportReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return replace(report, output=str(output))
 
 
 def _table(report: ExportReport) -> Iterator[str]:

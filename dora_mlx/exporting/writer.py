@@ -23,12 +23,14 @@ class ExportSource:
             weights that are read only when they are asked for.
         weights: The weights to write, under the names that mlx-lm gives them.
         adapter_dir: The run's folder, for formats that hold the adapter alone.
+        base_name: The base model's name for others, such as its name on the Hub.
         pre: What llama.cpp calls the tokenizer's splitter, when the person who exports knows it.
     """
 
     base: LoadedModel
     weights: Weights
     adapter_dir: Path | None = None
+    base_name: str | None = None
     pre: str | None = None
 
     @property

@@ -49,25 +49,25 @@ def fits_q4_1(layer: nn.Module) -> bool:
     return bool(layer.bits == 4 and layer.mode == "affine" and layer.group_size % _Q4_1_WIDTH == 0)
 
 
-def encode_q4_1(
-    levels: mx.array, scales: mx.array, biases: mx.array
-) -> tuple[NDArray[np.uint8], float]:
+def encode_q4_1(levels: mx.array, scales: mx.array, biases: mx.array) -> NDArray[np.uint8]:
     """A packed affine 4-bit weight as Q4_1, level by level.
 
     Args:
         levels: ``[..., in / 8]`` uint32, eight levels a word.
         scales: ``[..., in / group_size]``.
         biases: Like ``scales``.
-
-    Returns:
-        The bytes, and the largest relative change of a scale or bias that float16 makes.
     """
     words = np.array(levels).reshape(-1).view(np.uint8).reshape(-1, _Q4_1_WIDTH // 2)
     # A byte holds neighbours here, and weights 16 apart there.
     single = np.stack([words & 15, words >> 4], axis=-1).reshape(-1, 2, _Q4_1_WIDTH // 2)
     nibbles = single[:, 0] | (single[:, 1] << 4)
-    pair = mx.stack([scales, biases], axis=-1).astype(mx.float32)
-    rounded = pair.astype(mx.float16)
-    change = mx.abs(rounded.astype(mx.float32) - pair) / mx.maximum(mx.abs(pair), 1e-30)
-    heads = np.repeat(np.array(rounded).reshape(-1, 2), len(nibbles) // scales.size, axis=0)
-    return np.concatenate([heads.view(np.uint8), nibbles], axis=1), float(np.array(change).max())
+    pair = mx.stack([scales, biases], axis=-1).astype(mx.float16)
+    heads = np.repeat(np.array(pair).reshape(-1, 2), len(nibbles) // scales.size, axis=0)
+    return np.concatenate([heads.view(np.uint8), nibbles], axis=1)
+
+
+def largest_rounding(values: mx.array) -> float:
+    """The largest change that float16 makes to one of ``values``, over the value."""
+    exact = values.astype(mx.float32)
+    change = mx.abs(exact.astype(mx.float16).astype(mx.float32) - exact)
+    return float(np.array(change / mx.maximum(mx.abs(exact), 1e-30)).max())

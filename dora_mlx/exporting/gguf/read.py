@@ -1,6 +1,6 @@
 """The tensors of a GGUF file back under the names and in the arrangement of mlx-lm."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
@@ -10,15 +10,26 @@ import numpy as np
 from dora_mlx.exporting.gguf.write import FilePlan
 
 
-def read_tensors(file: Path, plan: FilePlan) -> Iterator[tuple[str, mx.array]]:
-    """``(name, tensor)`` for every tensor of the model, dequantized to float32, one at a time.
+class WrittenTensors(Mapping[str, mx.array]):
+    """Name to tensor of the model, dequantized to float32 when it is asked for and not kept.
 
     Args:
         file: What ``write_gguf`` wrote.
         plan: What it was written by.
     """
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    for tensor in plan.tensors:
-        written = found[tensor.name]
+
+    def __init__(self, file: Path, plan: FilePlan):
+        self._written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        self._plans = {tensor.source: tensor for tensor in plan.tensors}
+
+    def __getitem__(self, name: str) -> mx.array:
+        plan = self._plans[name]
+        written = self._written[plan.name]
         values = gguf.dequantize(written.data, written.tensor_type).astype(np.float32)
-        yield tensor.source, tensor.restore(mx.array(values.reshape(tensor.shape)))
+        return plan.restore(mx.array(values.reshape(plan.shape)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)

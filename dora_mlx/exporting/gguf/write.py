@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import gguf
+import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
 from dora_mlx.errors import UserError
 from dora_mlx.exporting.gguf.architectures import Architecture
-from dora_mlx.exporting.gguf.encoding import encode_block, encode_q4_1, fits_q4_1
+from dora_mlx.exporting.gguf.encoding import encode_block, encode_q4_1, fits_q4_1, largest_rounding
 from dora_mlx.exporting.gguf.hyperparameters import (
     Hyperparameters,
     read_hyperparameters,
@@ -102,7 +103,7 @@ def write_gguf(
     overwrite: bool = False,
     pre: str | None = None,
     check: Callable[[Path], object] | None = None,
-) -> list[str]:
+) -> None:
     """Write ``weights`` with the hyper-parameters and the tokenizer of ``base_dir``.
 
     Args:
@@ -118,9 +119,6 @@ def write_gguf(
         check: Called with the complete output while it still has a temporary name; what it
             raises discards the output and keeps the one that was there before.
 
-    Returns:
-        Sentences about what a person may want to know, most often none.
-
     Raises:
         UserError: When this model cannot be exported, or the file cannot be written.
     """
@@ -131,18 +129,17 @@ def write_gguf(
     needed = plan.data_bytes() + _metadata_bytes(vocabulary, plan)
     if quant in QUANTS:
         with staged_file(output_file, needed, overwrite) as partial:
-            notes = _write(weights, plan, vocabulary, partial, name, quant, progress)
+            _write(weights, plan, vocabulary, partial, name, quant, progress)
             if check is not None:
                 check(partial)
-        return notes
+        return
     source = plan_file(base_dir, weights, "f16")
     between = source.data_bytes() + _metadata_bytes(vocabulary, source)
     with staged_file(output_file, needed + between, overwrite) as partial:
         with run_llama_quantize(partial, quant) as file:
-            notes = _write(weights, source, vocabulary, file, name, "f16", progress)
+            _write(weights, source, vocabulary, file, name, "f16", progress)
         if check is not None:
             check(partial)
-    return notes
 
 
 def plan_file(base_dir: Path, weights: Weights, quant: str) -> FilePlan:
@@ -176,7 +173,7 @@ def _write(
     name: str,
     quant: str,
     progress: Progress | None,
-) -> list[str]:
+) -> None:
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[plan.architecture.arch])
     writer.add_type("model")
     writer.add_name(name)
@@ -193,46 +190,49 @@ def _write(
     finally:
         writer.close()
     report = byte_counter(plan.data_bytes(), progress)
-    largest_change = 0.0
     # GGUFWriter's own tensor output reports a full disk as an OSError without errno.
     with open(file, "ab") as stream:
         for extra in plan.extra.values():
             _write_aligned(stream, iter([extra]), report)
         for tensor in plan.tensors:
             if tensor.name in plan.taken_over:
-                data, change = _take_over(weights, tensor)
-                largest_change = max(largest_change, change)
-                _write_aligned(stream, iter([data]), report)
-                continue
-            kind = plan.types[tensor.name]
-            encoded = (encode_block(block, kind, tensor.source) for block in tensor.blocks(weights))
-            _write_aligned(stream, encoded, report)
-    return [
-        *(d.value for d in Difference if d in vocabulary.differences),
-        *_notes(plan, largest_change),
-    ]
+                blocks: Iterator[NDArray[Any]] = iter([encode_q4_1(*packed_parts(weights, tensor))])
+            else:
+                blocks = _encoded(weights, tensor, plan.types[tensor.name])
+            _write_aligned(stream, blocks, report)
 
 
-def _take_over(weights: Weights, tensor: TensorPlan) -> tuple[NDArray[np.uint8], float]:
+def _encoded(weights: Weights, tensor: TensorPlan, kind: Type) -> Iterator[NDArray[np.generic]]:
+    for block in tensor.blocks(weights):
+        yield encode_block(block, kind, tensor.source)
+
+
+def packed_parts(weights: Weights, tensor: TensorPlan) -> tuple[mx.array, mx.array, mx.array]:
+    """Levels, scales and biases of a tensor that is taken over, as the file arranges its rows."""
     packed = weights.packed(tensor.source)
     assert packed is not None
-    levels, scales, biases = (
-        tensor.arrange(packed[part]) for part in ("weight", "scales", "biases")
-    )
-    return encode_q4_1(levels, scales, biases)
+    weight, scales, biases = (tensor.arrange(packed[n]) for n in ("weight", "scales", "biases"))
+    return weight, scales, biases
 
 
-def _notes(plan: FilePlan, largest_change: float) -> list[str]:
+def notes_on(weights: Weights, plan: FilePlan, vocabulary: Vocabulary) -> list[str]:
+    """Sentences on what a person may want to know about a file; most often none."""
+    notes = [each.value for each in Difference if each in vocabulary.differences]
     if not plan.taken_over:
-        return []
-    count = (
-        f"{len(plan.taken_over)} of {len(plan.tensors)} tensors are the base's own 4-bit weights"
-    )
-    if largest_change <= _EXACT:
-        return [f"{count}, taken over without rounding them again."]
+        return notes
+    count = f"{len(plan.taken_over)} of {len(plan.tensors)} tensors are the base's 4-bit weights"
+    changes = [
+        largest_rounding(part)
+        for tensor in plan.tensors
+        if tensor.name in plan.taken_over
+        for part in packed_parts(weights, tensor)[1:]
+    ]
+    if max(changes) <= _EXACT:
+        return [*notes, f"{count}, taken over without rounding them again."]
     return [
+        *notes,
         f"{count}; their scales were rounded to float16, which changed them by up to "
-        f"{largest_change:.1g} of their value."
+        f"{max(changes):.1g} of their value.",
     ]
 
 
