@@ -10,10 +10,11 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 # An environment whose Python is gone counts as not installed.
 STALE := $(shell $(BIN)/python $(NEW_ENOUGH) 2>/dev/null || echo FORCE)
 
-.PHONY: help demo install lint test check clean FORCE
+.PHONY: help demo app install lint test check clean FORCE
 
 help:
 	@echo "make demo   train the embedded model, show answers before and after, export it"
+	@echo "make app    the same and more in the browser"
 	@echo "make test   run the tests"
 	@echo "make check  run the linter, the type checker and the tests"
 	@echo "make clean  remove $(VENV), caches and what the demo wrote"
@@ -31,6 +32,9 @@ demo: $(VENV)/installed
 		--output exports/demo-safetensors --overwrite
 	@$(BIN)/python -m dora_mlx.export --run demo --format gguf \
 		--output exports/demo-f16.gguf --overwrite
+
+app: $(VENV)/installed
+	@$(BIN)/python -m app
 
 install: $(VENV)/installed-dev
 

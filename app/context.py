@@ -44,6 +44,11 @@ class Context:
         return Exports(self.exports_dir, self.export)
 
     @property
+    def last_data_file(self) -> Path:
+        """What was chosen last on the tab Data."""
+        return self.runs_dir / ".app" / "data.json"
+
+    @property
     def uploads_dir(self) -> Path:
         """Data files that were uploaded; runs refer to them, so they stay."""
         return self.runs_dir / ".app" / "data"

@@ -1,5 +1,6 @@
 """The web server: guard, downloads and the page, in this order."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,17 @@ def build_server(
         pwa=False,
         mcp_server=False,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     return Guard(server, host, login)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log says more than that a page was reloaded in the middle of an event.
+
+    Gradio refuses such a page's connection after it has begun to answer it.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, RuntimeError) and "response already started" in str(error))
 
 
 def _tame_gradio(temporary: Path) -> None:

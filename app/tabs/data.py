@@ -10,6 +10,7 @@ from app import work
 from app.connect import connect
 from app.context import Context, Page
 from app.controls import control, meant
+from app.last_data import recall, remember
 from app.uploads import keep_upload, uploaded_file, uploads
 from app.views import data as view
 from app.views import html
@@ -161,6 +162,7 @@ def _wire(
             spans = context.data.call(work.example_of_data, seen, 0)
             first = view.example(spans, 1, overview.train.examples)
         choices = [_SAME, *overview.columns]
+        remember(context.last_data_file, [chosen, valid, tokenizer, *values])
         return [
             options if usable else {}, seen, 0, view.checks(overview, options["skip_bad_rows"]),
             first, view.histogram(overview.bars), gr.update(interactive=False),
@@ -195,12 +197,25 @@ def _wire(
     pages = [at, examples["shown"], examples["previous"], examples["next"]]
     for button, by in ((examples["previous"], -1), (examples["next"], 1)):
         connect(button.click, turn(by), [asked, at], pages, notice=problem)
-    connect(
-        page.blocks.load,
-        lambda: (gr.update(choices=_choices(context)), gr.update(choices=_files(context))),
-        [],
-        [sources["chosen"], sources["valid"]],
-    )
+    connect(page.blocks.load, lambda: _restored(context, len(inputs)), [], inputs)
+
+
+def _restored(context: Context, count: int) -> list[Any]:
+    """The tab's controls as they were left, with the files there are now."""
+    choices, files = _choices(context), _files(context)
+    kept = recall(context.last_data_file, count)
+    if kept is None or kept[0] not in {value for _, value in choices}:
+        lists = [gr.update(choices=choices), gr.update(choices=files)]
+        return [*lists, *[gr.skip()] * (count - len(lists))]
+    chosen, valid, tokenizer, *rest = kept
+    named, settings = rest[: len(_COLUMNS)], rest[len(_COLUMNS) :]
+    return [
+        gr.update(choices=choices, value=chosen),
+        gr.update(choices=files, value=valid if valid in dict(files) else None),
+        tokenizer if tokenizer in cached_models() else "starter",
+        *[gr.update(choices=list(dict.fromkeys([_SAME, name])), value=name) for name in named],
+        *settings,
+    ]
 
 
 def _choices(context: Context) -> list[tuple[str, str]]:

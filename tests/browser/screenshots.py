@@ -1,0 +1,122 @@
+"""``python -m tests.browser.screenshots``: pictures of every tab, in both themes and two widths.
+
+They go to ``build/screenshots``; those that the README shows are made small and go to
+``docs/images`` as well. A run of the sample is trained for them, which takes a minute or two.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.browser.conftest import CHROMIUM, PATIENCE_MS, Server
+
+ROOT = Path(__file__).parent.parent.parent
+ALL = ROOT / "build" / "screenshots"
+SHOWN = ROOT / "docs" / "images"
+TABS = ("data", "train", "chat", "changes", "export")
+WIDTHS = (1280, 420)
+# What the documentation shows: (tab, theme, width).
+CHOSEN = (
+    ("data", "light", 1280),
+    ("train", "dark", 1280),
+    ("train", "dark", 420),
+    ("chat", "light", 1280),
+    ("changes", "dark", 1280),
+    ("export", "light", 1280),
+)
+_COLOURS = 128
+
+
+def main() -> int:
+    """Do the whole job once and take the pictures of it."""
+    expect.set_options(timeout=PATIENCE_MS)
+    for folder in (ALL, SHOWN):
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as tool:
+        server = Server(Path(place)).start()
+        browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            page = browser.new_page(viewport={"width": WIDTHS[0], "height": 900})
+            page.set_default_timeout(PATIENCE_MS)
+            page.goto(server.url)
+            _photograph_empty(browser, server.url)
+            _train(page, "first-try", rank=4, steps=40)
+            _train(page, "talks-like-a-pirate", rank=8, steps=160)
+            _export(page)
+            for theme in ("light", "dark"):
+                for width in WIDTHS:
+                    _photograph(browser, server.url, theme, width)
+        finally:
+            browser.close()
+            server.stop()
+    for tab, theme, width in CHOSEN:
+        name = f"{tab}-{theme}-{width}.png"
+        Image.open(ALL / name).convert("RGB").quantize(_COLOURS).save(SHOWN / name, optimize=True)
+    return 0
+
+
+def _train(page: Page, name: str, **options: object) -> None:
+    page.get_by_role("tab", name="Data").click()
+    page.locator("#data-sample").click()
+    page.get_by_role("tab", name="Train").click()
+    expect(page.locator("#train-start")).to_have_text("Start training")
+    for field, value in {"name": name, **options}.items():
+        page.locator(f"#train-{field} :is(input, textarea)").fill(str(value))
+    page.locator("#train-start").click()
+    expect(page.locator("#run-status .run-name")).to_have_text(name)
+    expect(page.locator("#run-status")).to_contain_text("Completed", timeout=10 * PATIENCE_MS)
+
+
+def _export(page: Page) -> None:
+    page.get_by_role("tab", name="Export").click()
+    page.locator("#export-format").get_by_text("gguf", exact=True).click()
+    page.locator("#export-start").click()
+    expect(page.locator("#export-files a").first).to_be_visible(timeout=3 * PATIENCE_MS)
+
+
+def _photograph_empty(browser, url: str) -> None:
+    page = browser.new_page(viewport={"width": WIDTHS[0], "height": 900})
+    for tab in TABS:
+        _open(page, url, tab)
+        page.screenshot(path=ALL / f"{tab}-empty.png", full_page=True)
+    page.close()
+
+
+def _photograph(browser, url: str, theme: str, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+    page.set_default_timeout(PATIENCE_MS)
+    for tab in TABS:
+        _open(page, url, tab)
+        if tab == "train":
+            for name in ("talks-like-a-pirate", "first-try"):
+                page.locator(f"[data-compare={name}]").click()
+                expect(page.locator(f"[data-compare={name}]")).to_be_checked()
+        elif tab == "chat":
+            page.locator("#chat-message textarea").fill("What is the capital of France?")
+            page.locator("#chat-send").click()
+            expect(page.locator("#chat-pace")).to_contain_text("tokens/s")
+            expect(page.locator("#chat-base .bot").last).to_contain_text(".")
+        elif tab == "changes":
+            page.locator("#changes-measure").click()
+            expect(page.locator("#changes-result")).to_contain_text("down_proj")
+        elif tab == "data":
+            expect(page.locator("#data-example")).to_contain_text("Arr")
+        # Drawn and at rest: charts settle with the next tick.
+        page.wait_for_timeout(1500)
+        page.mouse.move(0, 0)
+        page.screenshot(path=ALL / f"{tab}-{theme}-{width}.png", full_page=True)
+    page.close()
+
+
+def _open(page: Page, url: str, tab: str) -> None:
+    page.goto(f"{url}/#{tab}")
+    page.reload()
+    page.locator(f'#tabs [role="tab"][data-tab-id={tab}][aria-selected="true"]').wait_for()
+    page.wait_for_timeout(1500)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
