@@ -1,9 +1,8 @@
 """The frame of the page: header, tabs, and what they share."""
 
-import platform
-
 import gradio as gr
 
+from app import machine
 from app.connect import connect
 from app.context import Context, Page
 from app.tabs import changes, chat, data, export, train
@@ -42,5 +41,9 @@ def build_page(context: Context) -> gr.Blocks:
 def _bar(context: Context) -> str:
     activity = context.trainings.status()
     if activity is None or not activity.alive:
-        return header.bar(platform.machine(), ("Idle", "plain"))
-    return header.bar(platform.machine(), status_of(context.watch.look(activity.run)))
+        return header.bar(machine.description(), ("Idle", "plain"))
+    look = context.watch.look(activity.run)
+    step = ""
+    if look.summary is not None and look.summary.is_active:
+        step = f"step {look.summary.step:,} / {look.summary.steps:,}"
+    return header.bar(machine.description(), status_of(look), step)

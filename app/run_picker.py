@@ -18,7 +18,9 @@ def run_dropdown(elem_id: str, **settings: Any) -> gr.Dropdown:
 
 def no_run(elem_id: str, what_for: str) -> gr.HTML:
     """What stands there as long as no run has an adapter."""
-    return gr.HTML(html.empty("No trained run yet", what_for), elem_id=elem_id)
+    return gr.HTML(
+        html.empty("No trained run yet", what_for, "train", "Train one"), elem_id=elem_id
+    )
 
 
 def keep_runs(context: Context, page: Page, run: Any, nothing: Any, body: Any) -> None:

@@ -45,9 +45,12 @@ def problem(text: str) -> str:
     return note(text, "bad")
 
 
-def empty(title: str, text: str) -> str:
-    """What stands where nothing is yet, and how to get something there."""
-    return f'<div class="empty"><strong>{escape(title)}</strong><p>{escape(text)}</p></div>'
+def empty(title: str, text: str, tab: str = "", tab_label: str = "") -> str:
+    """What stands where nothing is yet, and how to get something there, maybe on another tab."""
+    link = ""
+    if tab:
+        link = f'<button type="button" data-open-tab="{tab}">{escape(tab_label)}</button>'
+    return f'<div class="empty"><strong>{escape(title)}</strong><p>{escape(text)}</p>{link}</div>'
 
 
 def tiles(values: Iterable[tuple[str, str, str]]) -> str:

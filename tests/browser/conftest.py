@@ -15,7 +15,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 # Long enough for a machine that is busy with other things; nothing waits so long when all is well.
-PATIENCE_MS = 60_000
+PATIENCE_MS = 180_000
 
 playwright.expect.set_options(timeout=PATIENCE_MS)
 
