@@ -100,6 +100,12 @@ class TrainConfig:
         "What is trained: DoRA (magnitude and direction), LoRA, or all weights of the blocks "
         "(full; a quantized model is dequantized first).",
     )
+    init_adapter: str | None = knob(
+        None,
+        "Begin with the adapter in this folder, of dora-mlx, mlx-lm or PEFT. It says method, rank, "
+        "alpha and layers.",
+        advanced=True,
+    )
     rank: int = knob(8, "Rank of the low-rank update.", minimum=1, maximum=1024)
     rank_overrides: tuple[str, ...] = knob(
         (),

@@ -146,6 +146,7 @@ def _what_to_train(arguments: argparse.Namespace) -> tuple[TrainConfig, RunFolde
         model=absolute_if_there(config.model),
         data=absolute(config.data),
         valid_data=absolute(config.valid_data),
+        init_adapter=absolute(config.init_adapter),
     )
     data = "pirate" if config.data is None else Path(config.data).stem
     fallback = f"{Path(config.model).name}-{data}"

@@ -12,6 +12,7 @@ from dora_mlx.errors import UserError
 OTHER = {
     "data": "x.jsonl",
     "valid_data": "y.jsonl",
+    "init_adapter": "z",
     "mask_prompt": False,
     "target_modules": ("q_proj", "v_proj"),
     "rank_overrides": ("q_proj=4",),
@@ -62,7 +63,9 @@ def test_every_option_is_a_flag_and_survives_the_file(tmp_path):
     values = {option.name: other_value(option) for option in dataclasses.fields(TrainConfig)}
     assert all(getattr(TrainConfig(), name) != value for name, value in values.items())
     config, _ = parse(*flags_for(values))
-    absolute = {name: str(tmp_path.cwd() / values[name]) for name in ("data", "valid_data")}
+    absolute = {
+        name: str(tmp_path.cwd() / values[name]) for name in ("data", "valid_data", "init_adapter")
+    }
     assert config == TrainConfig(**{**values, **absolute})
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"options": config.to_dict()}))

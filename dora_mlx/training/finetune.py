@@ -13,7 +13,7 @@ import numpy as np
 
 import dora_mlx
 from dora_mlx.adapters.adapter_folder import trainable_arrays
-from dora_mlx.adapters.attach import AdapterSpec, attach
+from dora_mlx.adapters.attach import AdapterSpec
 from dora_mlx.config import SMALL_MODEL, TrainConfig
 from dora_mlx.data.batches import Batch, BatchStream, make_batch, validation_batches
 from dora_mlx.data.examples import Examples, ExampleSet
@@ -24,6 +24,7 @@ from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
 from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.skeleton import find_facts
+from dora_mlx.training.beginning import attach_as_told
 from dora_mlx.training.checkpoints import check_space, load_newest_checkpoint
 from dora_mlx.training.device_limits import memory_held_to
 from dora_mlx.training.events import EventLog, Listener
@@ -156,17 +157,7 @@ def _prepare(config: TrainConfig, fit_it: bool = False, ignore_memory: bool = Fa
     batches = BatchStream(train.examples, config.batch_size, config.seed, window)
     total_parameters = parameter_count(base.model)
     mx.random.seed(config.seed)
-    spec = attach(
-        base.model,
-        config.method,
-        config.rank,
-        config.alpha,
-        config.dropout,
-        config.target_modules,
-        config.num_layers,
-        config.rslora,
-        config.rank_overrides,
-    )
+    config, spec = attach_as_told(config, base)
     settled = _settle(config, batches.rows, total_parameters < SMALL_MODEL)
     description = {
         "options": settled.to_dict(),
