@@ -193,13 +193,14 @@ class _Runner:
         quantized = any(is_quantized(module) for _, module in base.model.named_modules())
         notes, contenders = [], []
         for contender in self._settings.contenders:
-            plan = plan_memory(replace(config, method=contender.method))
-            if contender.method == "full" and plan.verdict == "does not fit":
-                notes.append(
-                    f"Full fine-tuning is left out: it needs about {plan.peak / 1e9:.1f} GB, and "
-                    f"this machine has {plan.limit / 1e9:.1f} GB for it."
-                )
-                continue
+            if contender.method == "full":
+                plan = plan_memory(replace(config, method="full"))
+                if plan.verdict == "does not fit":
+                    notes.append(
+                        f"Full fine-tuning is left out: it needs about {plan.peak / 1e9:.1f} GB, "
+                        f"and this machine has {plan.limit / 1e9:.1f} GB for it."
+                    )
+                    continue
             contenders.append(contender)
         if quantized and any(contender.method == "full" for contender in contenders):
             notes.append(

@@ -285,7 +285,8 @@ def _examples(config: TrainConfig, facts: ModelFacts, thorough: bool) -> Example
         return None
     source = training_source(config)
     if isinstance(source, Path):
-        large = is_worth_keeping(source)
+        # What is missing is said where the data are read.
+        large = source.exists() and is_worth_keeping(source)
         changed = source.stat().st_mtime_ns if source.exists() else 0
     else:
         large, changed = True, 0
