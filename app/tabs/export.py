@@ -174,6 +174,6 @@ def _next_commands(context: Context, name: str) -> list[str]:
         "ollama": [f"ollama create {model} -f {quoted}/Modelfile", f"ollama run {model}"],
         "mlx": [f"mlx_lm.chat --model {quoted}"],
         "mlx-adapter": [
-            f"mlx_lm.chat --model {shlex.quote(report.base_model)} --adapter-path {quoted}"
+            f"mlx_lm.chat --model {shlex.quote(report.training.base)} --adapter-path {quoted}"
         ],
     }.get(report.format, [])

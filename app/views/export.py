@@ -41,8 +41,9 @@ def job(state: Any) -> str:
             f'<div class="job"><p class="figures" role="status"><strong>{escape(title)}</strong> '
             f"{escape(phase + counted)}</p>{html.progress(share, f'Export of {title}')}</div>"
         )
-    if state.error:
-        return html.note(state.error, "bad", title)
+    if state.error or state.report is None:
+        text = state.error or "It ended without a result; the app's terminal says why."
+        return html.note(text, "bad", title)
     return report(state.report)
 
 

@@ -1,7 +1,8 @@
-"""``python -m tests.browser.screenshots``: pictures of every tab, in both themes and two widths.
+"""``python -m tests.browser.screenshots [FOLDER]``: pictures of every tab.
 
-They go to ``build/screenshots``; those that the README shows are made small and go to
-``docs/images`` as well. A run of the sample is trained for them, which takes a minute or two.
+In both themes and two widths they go to ``build/screenshots``; those that the README shows are
+made small and go to ``docs/images`` as well. Two runs of the sample are trained for them, which
+takes some minutes; with a FOLDER they stay there and are used again the next time.
 """
 
 import sys
@@ -35,17 +36,21 @@ def main() -> int:
     expect.set_options(timeout=PATIENCE_MS)
     for folder in (ALL, SHOWN):
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as place, sync_playwright() as tool:
-        server = Server(Path(place)).start()
+    with tempfile.TemporaryDirectory() as temporary, sync_playwright() as tool:
+        place = Path(sys.argv[1] if len(sys.argv) > 1 else temporary)
+        server = Server(place).start()
         browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
             page = browser.new_page(viewport={"width": WIDTHS[0], "height": 900})
             page.set_default_timeout(PATIENCE_MS)
             page.goto(server.url)
-            _photograph_empty(browser, server.url)
-            _train(page, "first-try", rank=4, steps=40)
-            _train(page, "talks-like-a-pirate", rank=8, steps=160)
-            _export(page)
+            if not server.runs_dir.exists():
+                _photograph_empty(browser, server.url)
+                _train(page, "first-try", rank=4, steps=40)
+                _train(page, "talks-like-a-pirate", rank=8, steps=160)
+            if not server.exports_dir.exists():
+                _export(page)
+            page.close()
             for theme in ("light", "dark"):
                 for width in WIDTHS:
                     _photograph(browser, server.url, theme, width)
