@@ -29,6 +29,7 @@ from dora_mlx.training.device_limits import memory_held_to
 from dora_mlx.training.events import EventLog
 from dora_mlx.training.loop import Trainer
 from dora_mlx.training.memory_plan import BatchShape, predict
+from dora_mlx.training.workers import Workers
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -136,7 +137,7 @@ def measured(row: Row, parts: dict[str, int]) -> int:
     window = row.width + 1 if config.pack else None
     batches = BatchStream([example] * count, row.rows, 0, window)
     with tempfile.TemporaryDirectory() as folder, EventLog(Path(folder)) as log:
-        trainer = Trainer(model, spec, config, batches, [], Path(folder), log)
+        trainer = Trainer(model, spec, config, batches, [], Path(folder), log, Workers())
         mx.reset_peak_memory()
         with memory_held_to(before + sum(parts.values())):
             trainer.run(lambda: False)

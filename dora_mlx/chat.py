@@ -73,7 +73,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from dora_mlx.adapters.swapping import load_swappable
     from dora_mlx.chat_model import ChatModel
 
-    chat = ChatModel(load_swappable(runs, arguments.model, arguments.adapter))
+    chat = ChatModel(load_swappable(runs, arguments.model, arguments.adapter, arguments.checkpoint))
     session = Session(chat, sampling, arguments.runs_dir, arguments.system, arguments.compare)
     # What a terminal cannot show, and what it sends that is no text, ends no chat.
     for stream in (sys.stdin, sys.stdout):

@@ -80,6 +80,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
         help="A run, or several of one base model; the first one answers.",
     )
     add_runs_dir_flag(parser)
+    add_checkpoint_flag(parser)
     parser.add_argument(
         "--model",
         metavar="NAME",
@@ -92,6 +93,16 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         help="Folder with an adapter of dora-mlx, mlx-lm or PEFT, or several.",
+    )
+
+
+def add_checkpoint_flag(parser: "argparse._ActionsContainer") -> None:
+    """``--checkpoint``, the same for every command that uses a trained adapter."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP",
+        help="Use the adapter as it was after this step, or `last` for the newest, instead of the "
+        "best one.",
     )
 
 

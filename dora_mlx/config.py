@@ -24,9 +24,20 @@ def knob(
     minimum: float | None = None,
     maximum: float | None = None,
     advanced: bool = False,
+    on_resume: bool = False,
 ) -> Any:
-    """A field of an options dataclass: its default, help text (with units) and bounds."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "advanced": advanced}
+    """A field of an options dataclass: its default, help text (with units) and bounds.
+
+    ``on_resume`` marks what a resumed run may change: its length and its habits, but nothing
+    that the steps so far depend on.
+    """
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "advanced": advanced,
+        "on_resume": on_resume,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -140,12 +151,15 @@ class TrainConfig:
         advanced=True,
     )
     epochs: float = knob(
-        3.0, "Passes over the training examples; --steps overrules it.", minimum=1e-3
+        3.0,
+        "Passes over the training examples; --steps overrules it.",
+        minimum=1e-3,
+        on_resume=True,
     )
-    steps: int | None = knob(None, "Number of optimizer steps.", minimum=1)
+    steps: int | None = knob(None, "Number of optimizer steps.", minimum=1, on_resume=True)
     batch_size: int = knob(4, "Examples in one forward pass.", minimum=1, maximum=4096)
     grad_accumulation_steps: int = knob(
-        1, "Forward passes per optimizer step.", minimum=1, maximum=4096, advanced=True
+        1, "Forward passes per optimizer step and worker.", minimum=1, maximum=4096, advanced=True
     )
     learning_rate: float | None = knob(
         None,
@@ -153,6 +167,7 @@ class TrainConfig:
         "a tenth of that for full fine-tuning.",
         minimum=0,
         maximum=1,
+        on_resume=True,
     )
     optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = knob(
         "adamw",
@@ -195,6 +210,7 @@ class TrainConfig:
         "Recompute every transformer block in the backward: far less memory for a third more "
         "time. Default: on for models of 100 million parameters and more.",
         advanced=True,
+        on_resume=True,
     )
     pause_ms: int = knob(
         0,
@@ -203,21 +219,31 @@ class TrainConfig:
         minimum=0,
         maximum=60_000,
         advanced=True,
+        on_resume=True,
     )
     max_grad_norm: float = knob(
         1.0, "Gradients are scaled down to this global norm.", minimum=1e-6, advanced=True
     )
     steps_per_eval: int = knob(
-        50, "Optimizer steps between two validations.", minimum=1, advanced=True
+        50,
+        "Optimizer steps between two validations.",
+        minimum=1,
+        advanced=True,
+        on_resume=True,
     )
     patience: int | None = knob(
         None,
         "Stop after this many validations in a row without a new best one. Default: never.",
         minimum=1,
         advanced=True,
+        on_resume=True,
     )
     steps_per_save: int = knob(
-        50, "Optimizer steps between two checkpoints.", minimum=1, advanced=True
+        50,
+        "Optimizer steps between two checkpoints.",
+        minimum=1,
+        advanced=True,
+        on_resume=True,
     )
     keep_checkpoints: int = knob(
         2,
@@ -225,6 +251,7 @@ class TrainConfig:
         minimum=1,
         maximum=1000,
         advanced=True,
+        on_resume=True,
     )
     seed: int = knob(0, "Seed of the split, the order, the adapter and the dropout.", minimum=0)
 

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_mlx.command_line import FAILURE, add_runs_dir_flag, parser_for, run_command
+from dora_mlx.command_line import (
+    FAILURE,
+    add_checkpoint_flag,
+    add_runs_dir_flag,
+    parser_for,
+    run_command,
+)
 from dora_mlx.exporting.formats import EXPORT_FORMATS, ExportFormat, Quant, find_format
 from dora_mlx.run_folder import RunFolder, find_run
 
@@ -59,6 +65,7 @@ def export_run(
     push: str | None = None,
     public: bool = False,
     pre: str | None = None,
+    checkpoint: str | None = None,
     progress: Progress | None = None,
 ) -> "ExportReport":
     """Write the trained model of a run, read it back and compare it with the adapted one.
@@ -75,6 +82,7 @@ def export_run(
         push: Hub name (owner/name) to upload the export to when it is in place.
         public: Whether a repository that the upload makes can be seen by everybody.
         pre: What llama.cpp calls the tokenizer's way of splitting text, where it is not known here.
+        checkpoint: As for ``load_run``: ``None`` for the best adapter.
         progress: Called with the phase and bytes; what it raises ends the export and leaves
             nothing behind.
 
@@ -93,7 +101,7 @@ def export_run(
     say("reading", 0, 0)
     job = _job(folder, output_format, output, quant, pre=pre, overwrite=overwrite, strict=strict)
     job.prepare()
-    trained = load_run(folder)
+    trained = load_run(folder, checkpoint)
     say("checking", 0, 0)
     reference = _reference(folder, trained)
     report = run_job(job.with_model(trained.base.model), reference, progress)
@@ -208,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = parser_for("export", DESCRIPTION.format(formats=formats), EXAMPLES + quants_help())
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to export.")
     add_runs_dir_flag(parser)
+    add_checkpoint_flag(parser)
     add_export_flags(parser)
     parser.add_argument(
         "--push",
@@ -278,6 +287,7 @@ def _export(arguments: argparse.Namespace) -> int:
             quant=arguments.quant,
             overwrite=arguments.overwrite,
             strict=arguments.strict,
+            checkpoint=arguments.checkpoint,
             push=arguments.push,
             public=arguments.public,
             pre=arguments.pre,

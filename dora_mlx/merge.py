@@ -83,7 +83,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from dora_mlx.adapters.swapping import load_swappable
     from dora_mlx.exporting.combine import Recipe
 
-    adapters = load_swappable(runs, arguments.model, arguments.adapter)
+    adapters = load_swappable(runs, arguments.model, arguments.adapter, arguments.checkpoint)
     count = len(adapters.names)
     equal = 1.0 if arguments.method == "ties" else 1 / count
     weights = tuple(arguments.weights or [equal] * count)

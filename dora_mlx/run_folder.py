@@ -5,7 +5,7 @@ runs/NAME/
   events.jsonl           what happened, one JSON object a line
   adapters.safetensors   the best adapter so far, with adapter_config.json; mlx-lm loads both
   adapter_config.json
-  checkpoints/           all that is needed to go on
+  checkpoints/           all that is needed to go on; each step_N is an adapter folder as well
   log.txt                what the terminal showed
 """
 
@@ -24,6 +24,7 @@ from dora_mlx.atomic import write_text
 from dora_mlx.errors import UserError
 
 DEFAULT_RUNS_DIR = "runs"
+_CHECKPOINT = "step_"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -62,6 +63,27 @@ class RunFolder:
     def pause_file(self) -> Path:
         """``pause``: while it is there, training waits before the next step."""
         return self.path / "pause"
+
+    def adapter_dir(self, checkpoint: str | None = None) -> Path:
+        """Folder of an adapter of this run.
+
+        Args:
+            checkpoint: ``None`` for the best adapter, ``last`` for the newest checkpoint's, or
+                the number of a step that has one.
+
+        Raises:
+            UserError: If there is no such checkpoint; the message names those there are.
+        """
+        if checkpoint is None:
+            return self.path
+        paths = checkpoints_newest_first(self.checkpoints_dir)
+        chosen = {str(step_of(path)): path for path in paths}
+        if checkpoint == "last" and paths:
+            return paths[0]
+        if checkpoint not in chosen:
+            there = f"There are {', '.join(['last', *chosen])}." if chosen else "It has none."
+            raise UserError(f"The run {self.name} has no checkpoint {checkpoint!r}. {there}")
+        return chosen[checkpoint]
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Replace ``config.json``."""
@@ -174,6 +196,21 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder that keeps the state after optimizer step ``step``."""
+    return f"{_CHECKPOINT}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step whose state the folder ``checkpoint`` keeps: inverse of ``checkpoint_name``."""
+    return int(checkpoint.name.removeprefix(_CHECKPOINT))
+
+
+def checkpoints_newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``."""
+    return sorted(folder.glob(f"{_CHECKPOINT}*"), reverse=True)
 
 
 def new_run(name: str | None, runs_dir: Path, fallback: str) -> RunFolder:

@@ -80,7 +80,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from dora_mlx.adapters.swapping import load_swappable
     from dora_mlx.server import AdapterServer
 
-    adapters = load_swappable(runs, arguments.model, arguments.adapter)
+    adapters = load_swappable(runs, arguments.model, arguments.adapter, arguments.checkpoint)
     base_name = arguments.model or runs[0].read_config()["options"]["model"]
     server = AdapterServer(
         adapters,

@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from dora_mlx.loading import LoadedModel, load_base
 from dora_mlx.registry import models_dir
+from dora_mlx.run_folder import RunFolder
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +41,9 @@ def chat_file(tmp_path: Path) -> Path:
             messages *= 2 if number % 8 == 0 else 1
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """Where a run may go."""
+    return RunFolder(tmp_path / "runs" / "a")

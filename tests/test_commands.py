@@ -188,8 +188,8 @@ def test_full_disk_keeps_the_last_state_and_resume_goes_on(chat_file, capsys, mo
 
     def disk_usage(path):
         calls.append(path)
-        # At the start, for the first checkpoint, for the adapter, and then no more.
-        return usage(0 if len(calls) > 2 else 10**12)
+        # At the start, for the two files of the first checkpoint, and then no more.
+        return usage(0 if len(calls) > 3 else 10**12)
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", disk_usage)

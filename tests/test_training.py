@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from training_runs import StopAfter, final_arrays, losses, quick, same_arrays
 
 import dora_mlx.training.loop as loop
 from dora_mlx.adapters.adapter_folder import trainable_arrays
@@ -28,49 +29,6 @@ from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.loss import plain_loss_sum
 from dora_mlx.training.optimizer import GroupedOptimizer
 from dora_mlx.training.schedule import learning_rate_at
-
-
-def quick(chat_file, **options):
-    """Options of a run of a few steps on two layers of the starter."""
-    defaults = {
-        "data": str(chat_file),
-        "steps": 4,
-        "batch_size": 4,
-        "num_layers": 2,
-        "steps_per_eval": 2,
-        "steps_per_save": 1,
-        "learning_rate": 1e-3,
-    }
-    return TrainConfig(**{**defaults, **options})
-
-
-def losses(folder):
-    return [e["loss"] for e in read_events(folder.path) if e["event"] == "step"]
-
-
-def final_arrays(folder):
-    newest = max((folder.checkpoints_dir).glob("step_*"))
-    return mx.load(str(newest / "arrays.safetensors"))
-
-
-def same_arrays(one, other):
-    return one.keys() == other.keys() and all(mx.array_equal(one[k], other[k]) for k in one)
-
-
-class StopAfter:
-    """Asks to stop once ``steps`` steps were asked for."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def __call__(self):
-        self.left -= 1
-        return self.left < 0
-
-
-@pytest.fixture
-def run(tmp_path):
-    return RunFolder(tmp_path / "runs" / "a")
 
 
 class UniformModel(nn.Module):
@@ -123,8 +81,7 @@ def test_training_lowers_the_loss_and_the_adapter_comes_back(chat_file, run, met
     trained = load_run(run)
     checkpoint = final_arrays(run)
     for name, array in trainable_arrays(trained.base.model).items():
-        ours = "model." + (name[:-1] + "magnitude" if name.endswith(".m") else name)
-        assert mx.array_equal(array, checkpoint[ours]), name
+        assert mx.array_equal(array, checkpoint[name]), name
 
 
 @pytest.mark.parametrize("method", ["dora", "lora"])
@@ -164,73 +121,10 @@ def test_accumulation_does_not_change_loss_or_update(chat_file, tmp_path):
     assert losses(runs[8]) == pytest.approx(losses(runs[2]), rel=2e-5)
     one, other = final_arrays(runs[8]), final_arrays(runs[2])
     for name, array in one.items():
-        if name.startswith("model."):
+        if not name.startswith("optimizer."):
             # Adam's steps are of 1e-3 whatever the gradient's size, so rounding turns a few of
             # those with a gradient near zero around; a wrong weighting would turn most.
             assert mx.abs(array - other[name]).mean().item() < 2e-5, name
-
-
-@pytest.mark.parametrize("stop", [1, 3])
-def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(chat_file, tmp_path, stop):
-    config = quick(chat_file, dropout=0.1, steps_per_save=2)
-    whole, parts = RunFolder(tmp_path / "runs/whole"), RunFolder(tmp_path / "runs/parts")
-    finetune(config, whole)
-    assert finetune(config, parts, should_stop=StopAfter(stop)) == "stopped"
-    assert len(losses(parts)) == stop
-    saved = TrainConfig.from_file(parts.config_file)
-    assert finetune(saved, parts, resume=True) == "completed"
-    assert losses(parts) == losses(whole)
-    assert same_arrays(final_arrays(parts), final_arrays(whole))
-
-
-def test_run_killed_between_checkpoints_repeats_its_steps(chat_file, tmp_path):
-    config = quick(chat_file, steps_per_save=2)
-    whole, parts = RunFolder(tmp_path / "runs/whole"), RunFolder(tmp_path / "runs/parts")
-    finetune(config, whole)
-
-    def die_at_step_3(event):
-        if event["event"] == "step" and event["step"] == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config, parts, listener=die_at_step_3)
-    with open(parts.path / "events.jsonl", "a") as file:
-        file.write('{"event": "st')  # Power loss in the middle of a line.
-    finetune(TrainConfig.from_file(parts.config_file), parts, resume=True)
-    assert losses(parts) == losses(whole)
-    assert same_arrays(final_arrays(parts), final_arrays(whole))
-
-
-def test_damaged_checkpoint_is_passed_over_with_a_word(chat_file, tmp_path):
-    config = quick(chat_file)
-    whole, parts = RunFolder(tmp_path / "runs/whole"), RunFolder(tmp_path / "runs/parts")
-    finetune(config, whole)
-    finetune(config, parts, should_stop=StopAfter(3))
-    arrays = parts.checkpoints_dir / "step_00000003" / "arrays.safetensors"
-    data = bytearray(arrays.read_bytes())
-    data[-5] ^= 255
-    arrays.write_bytes(data)
-    finetune(TrainConfig.from_file(parts.config_file), parts, resume=True)
-    warnings = [e["message"] for e in read_events(parts.path) if e["event"] == "warning"]
-    assert any("step_00000003 is damaged" in message for message in warnings)
-    assert losses(parts) == losses(whole)
-
-
-def test_changed_data_is_noticed_before_resuming(chat_file, run):
-    finetune(quick(chat_file), run, should_stop=StopAfter(2))
-    lines = chat_file.read_text().splitlines()
-    chat_file.write_text("\n".join(lines[1:]))
-    with pytest.raises(UserError, match="data of run a has changed"):
-        finetune(TrainConfig.from_file(run.config_file), run, resume=True)
-
-
-def test_two_processes_never_write_one_run(chat_file, run):
-    finetune(quick(chat_file, steps=1), run)
-    with run.lock(), pytest.raises(UserError, match="is being trained by process"):
-        finetune(TrainConfig.from_file(run.config_file), run, resume=True)
-    with run.lock(), pytest.raises(UserError, match="is being trained by process"):
-        finetune(quick(chat_file), run, overwrite=True)
-    assert run.config_file.exists()
 
 
 def test_failure_in_preparation_leaves_nothing_or_the_old_run(chat_file, run, tmp_path):
@@ -315,8 +209,8 @@ def test_magnitudes_and_b_have_rates_of_their_own(chat_file, tmp_path):
         name = "layers.5.mlp.up_proj"
         start = fresh.layers[5].mlp.up_proj
         return (
-            mx.abs(arrays[f"model.model.{name}.magnitude"] - start.magnitude).max().item(),
-            mx.abs(arrays[f"model.model.{name}.lora_b"]).max().item(),
+            mx.abs(arrays[f"model.{name}.m"] - start.magnitude).max().item(),
+            mx.abs(arrays[f"model.{name}.lora_b"]).max().item(),
         )
 
     # The first step of Adam moves every parameter by its learning rate.
@@ -413,43 +307,3 @@ def test_weight_decay_spares_magnitudes_and_norms(starter):
 def test_weight_decay_without_an_optimizer_for_it_is_refused(chat_file, run):
     with pytest.raises(UserError, match="use adamw"):
         finetune(quick(chat_file, optimizer="adam", weight_decay=0.1), run)
-
-
-def test_early_stop_keeps_the_best_and_counts_over_a_resume(chat_file, run):
-    # Far too high a rate: the first validation is the best one.
-    config = quick(chat_file, steps=40, learning_rate=1.0, steps_per_eval=1, patience=3)
-    finetune(config, run, should_stop=StopAfter(2))
-    assert finetune(TrainConfig.from_file(run.config_file), run, resume=True) == "early_stopped"
-    events = read_events(run.path)
-    validation = [e["loss"] for e in events if e["event"] == "validation" and e["step"] > 0]
-    assert min(validation) not in validation[-3:]
-    assert len(validation) < 40
-    assert events[-1]["reason"] == "early_stopped"
-
-
-def test_stop_file_ends_the_run_and_a_resume_goes_on(chat_file, run):
-    def stop_at_2(event):
-        if event["event"] == "step" and event["step"] == 2:
-            run.stop_file.touch()
-
-    assert finetune(quick(chat_file), run, listener=stop_at_2) == "stopped"
-    assert len(losses(run)) == 2
-    assert finetune(TrainConfig.from_file(run.config_file), run, resume=True) == "completed"
-
-
-def test_pause_file_makes_the_run_wait(chat_file, run, monkeypatch):
-    waited = []
-
-    def sleep(seconds):
-        waited.append(seconds)
-        if len(waited) == 3:
-            run.pause_file.unlink()
-
-    def pause_at_2(event):
-        if event["event"] == "step" and event["step"] == 2:
-            run.pause_file.touch()
-
-    monkeypatch.setattr("dora_mlx.training.finetune.time.sleep", sleep)
-    assert finetune(quick(chat_file), run, listener=pause_at_2) == "completed"
-    assert len(waited) == 3
-    assert len(losses(run)) == 4

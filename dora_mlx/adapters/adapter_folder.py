@@ -154,7 +154,7 @@ def read_mlx_adapter(folder: Path, model: nn.Module, problems: list[str]) -> Sto
         ) from error
     arrays = read_arrays(folder / WEIGHTS_FILE)
     if spec.method != "full":
-        arrays = {_name_in_model(name): array for name, array in arrays.items()}
+        arrays = {name_in_model(name): array for name, array in arrays.items()}
     return StoredAdapter(spec, arrays)
 
 
@@ -162,7 +162,8 @@ def _name_on_disk(name: str) -> str:
     return name.removesuffix("magnitude") + "m" if name.endswith(".magnitude") else name
 
 
-def _name_in_model(name: str) -> str:
+def name_in_model(name: str) -> str:
+    """The name that a parameter with ``name`` on disk has in the model."""
     return name.removesuffix("m") + "magnitude" if name.endswith(".m") else name
 
 

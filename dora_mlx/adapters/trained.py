@@ -22,13 +22,17 @@ class TrainedModel:
     config: TrainConfig
 
 
-def load_run(folder: RunFolder) -> TrainedModel:
-    """Load the base model of a run and attach the run's best adapter.
+def load_run(folder: RunFolder, checkpoint: str | None = None) -> TrainedModel:
+    """Load the base model of a run and attach an adapter of the run.
+
+    Args:
+        folder: The run.
+        checkpoint: ``None`` for the best adapter, ``last`` or a step's number for a checkpoint's.
 
     Raises:
-        UserError: If the run has no adapter yet, or its base model is gone or has changed.
+        UserError: If the run has no such adapter, or its base model is gone or has changed.
     """
-    adapter = adapter_of(folder)
+    adapter = adapter_of(folder, checkpoint)
     base, config = load_base_of(folder)
     spec = read_adapter(adapter, base).attach_to(base.model)
     base.model.eval()
@@ -45,7 +49,7 @@ def adapter_of(folder: RunFolder, checkpoint: str | None = None) -> Path:
     Raises:
         UserError: If the run has no such adapter.
     """
-    adapter = folder.path
+    adapter = folder.adapter_dir(checkpoint)
     if not (adapter / WEIGHTS_FILE).is_file():
         raise UserError(
             f"The run {folder.name} has no adapter yet: it stopped before its first validation. "

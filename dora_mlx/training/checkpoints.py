@@ -1,9 +1,10 @@
 """Checkpoints: all that a run needs to go on as if nothing had happened.
 
-A checkpoint is one folder ``checkpoints/step_00000100`` with the trainable parameters, the
-optimizer's state and ``state.json``. It is written under a temporary name and renamed when it is
-complete and on the disk. Order of the data, dropout and learning rate are functions of the seed
-and the step, so the step number is all the state they have.
+A checkpoint is one folder ``checkpoints/step_00000100``: the adapter as mlx-lm and this package
+load it, ``optimizer.safetensors`` and ``state.json``. It is written under a temporary name and
+renamed when it is complete and on the disk. Order of the data, dropout and learning rate are
+functions of the seed, the step and the position in the data, so these numbers are all the state
+they have.
 """
 
 import hashlib
@@ -14,12 +15,20 @@ from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from dora_mlx.adapters.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    name_in_model,
+    save_adapter,
+)
+from dora_mlx.adapters.attach import AdapterSpec
 from dora_mlx.atomic import flush_to_disk, save_arrays
 from dora_mlx.errors import UserError
+from dora_mlx.run_folder import checkpoint_name, checkpoints_newest_first, step_of
 
-_PREFIX = "step_"
-_ARRAYS = "arrays.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 
 
@@ -27,48 +36,67 @@ _STATE = "state.json"
 class Progress:
     """Where a run stands after ``step`` optimizer steps.
 
-    ``tokens`` counts the trained tokens so far; ``best_loss`` is the lowest validation loss
-    (``None`` before the first) and ``validations_since_best`` how many followed it;
-    ``skipped_in_a_row`` counts steps with a non-finite loss.
+    ``position`` is the next batch of the data, counted over all epochs; ``tokens`` counts the
+    trained tokens so far; ``best_loss`` is the lowest validation loss (``None`` before the first)
+    and ``validations_since_best`` how many followed it; ``skipped_in_a_row`` counts steps with a
+    non-finite loss.
     """
 
     step: int = 0
+    position: int = 0
     tokens: int = 0
     best_loss: float | None = None
     validations_since_best: int = 0
     skipped_in_a_row: int = 0
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back; arrays have the names of the model and of the optimizer's state."""
+
+    path: Path
+    adapter: dict[str, mx.array]
+    optimizer: dict[str, mx.array]
+    progress: Progress
+
+
 def save_checkpoint(
-    folder: Path, arrays: dict[str, mx.array], progress: Progress, kept: int
+    folder: Path,
+    model: nn.Module,
+    spec: AdapterSpec,
+    optimizer: dict[str, mx.array],
+    progress: Progress,
+    keep: int,
 ) -> Path:
-    """Write a checkpoint into ``folder``, keep the newest ``kept`` and return the new one.
+    """Write a checkpoint into ``folder``, leave the newest ``keep`` and return the new one.
 
     A step that already has its checkpoint keeps it: the state of a step never differs.
     """
     folder.mkdir(exist_ok=True)
-    target = folder / f"{_PREFIX}{progress.step:08d}"
+    target = folder / checkpoint_name(progress.step)
     if target.exists():
         return target
     temporary = folder / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        save_arrays(temporary / _ARRAYS, arrays)
-        state = {"progress": asdict(progress), "sha256": _digest(temporary / _ARRAYS)}
+        save_adapter(temporary, model, spec)
+        save_arrays(temporary / _OPTIMIZER, optimizer)
+        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        state = {"progress": asdict(progress), "sha256": digests}
         (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
-        for path in (temporary / _ARRAYS, temporary / _STATE, temporary):
+        for path in (temporary / _OPTIMIZER, temporary / _STATE, temporary):
             flush_to_disk(path)
         temporary.rename(target)
         flush_to_disk(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _newest_first(folder)[kept:]:
+    for old in checkpoints_newest_first(folder)[keep:]:
         shutil.rmtree(old)
     return target
 
 
-def check_space(folder: Path, trainable_bytes: int, kept: int) -> None:
+def check_space(folder: Path, trainable_bytes: int, keep: int) -> None:
     """Refuse to start a run whose checkpoints will not fit on the disk of ``folder``.
 
     Raises:
@@ -76,7 +104,7 @@ def check_space(folder: Path, trainable_bytes: int, kept: int) -> None:
     """
     # A checkpoint has the parameters and two moments each; one more is written before the
     # oldest goes. The adapter is replaced in the same way.
-    needed = trainable_bytes * (3 * (kept + 1) + 2)
+    needed = trainable_bytes * (3 * (keep + 1) + 2)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -85,31 +113,24 @@ def check_space(folder: Path, trainable_bytes: int, kept: int) -> None:
         )
 
 
-def load_newest_checkpoint(
-    folder: Path,
-) -> tuple[dict[str, mx.array], Progress, list[Path]] | None:
-    """Arrays and progress of the newest intact checkpoint, and the damaged ones passed over.
+def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Path]]:
+    """The newest intact checkpoint in ``folder``, if any, and the damaged ones passed over.
 
-    Damaged checkpoints are deleted, so that the run can write theirs again. ``None`` if there is
-    no intact checkpoint in ``folder``.
+    Damaged checkpoints are deleted, so that the run can write theirs again.
     """
     damaged: list[Path] = []
-    for path in _newest_first(folder):
-        try:
-            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            if state["sha256"] == _digest(path / _ARRAYS):
-                arrays = cast(dict[str, mx.array], mx.load(str(path / _ARRAYS)))
-                return arrays, Progress(**state["progress"]), damaged
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+    for path in checkpoints_newest_first(folder):
+        checkpoint = _read_checkpoint(path)
+        if checkpoint is not None:
+            return checkpoint, damaged
         shutil.rmtree(path)
         damaged.append(path)
-    return None
+    return None, damaged
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps that ``folder`` has a checkpoint of, ascending."""
-    return sorted(int(path.name.removeprefix(_PREFIX)) for path in _newest_first(folder))
+    return sorted(step_of(path) for path in checkpoints_newest_first(folder))
 
 
 def load_trained_parameters(folder: Path, step: int) -> dict[str, mx.array]:
@@ -118,21 +139,28 @@ def load_trained_parameters(folder: Path, step: int) -> dict[str, mx.array]:
     Raises:
         UserError: If the checkpoint is damaged.
     """
-    path = folder / f"{_PREFIX}{step:08d}"
+    path = folder / checkpoint_name(step)
+    checkpoint = _read_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"The checkpoint {path} is damaged. Look at another one.")
+    return checkpoint.adapter
+
+
+def _read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at ``path``, or ``None`` if it is not as it was written."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        intact = state["sha256"] == _digest(path / _ARRAYS)
+        files = (WEIGHTS_FILE, CONFIG_FILE, _OPTIMIZER)
+        if any(state["sha256"][name] != _digest(path / name) for name in files):
+            return None
+        progress = Progress(**state["progress"])
     except (OSError, ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise UserError(f"The checkpoint {path} is damaged. Look at another one.")
-    arrays = cast(dict[str, mx.array], mx.load(str(path / _ARRAYS)))
-    prefix = "model."
-    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
+        return None
+    adapter, optimizer = (
+        cast(dict[str, mx.array], mx.load(str(path / name))) for name in (WEIGHTS_FILE, _OPTIMIZER)
+    )
+    adapter = {name_in_model(name): array for name, array in adapter.items()}
+    return Checkpoint(path, adapter, optimizer, progress)
 
 
 def _digest(path: Path) -> str:

@@ -22,15 +22,18 @@ class EventLog:
     """Appends events to a run's ``events.jsonl`` and passes each on to a listener.
 
     A line is on its way to the disk when ``write`` returns; the last line may be half-written
-    after a crash, and readers leave it out.
+    after a crash, and readers leave it out. Without a folder nothing is written: what happens is
+    recorded by another worker.
     """
 
-    def __init__(self, folder: Path, listener: Listener | None = None):
+    def __init__(self, folder: Path | None, listener: Listener | None = None):
         self._listener = listener
         self._watchers: list[Listener] = []
-        path = folder / EVENTS_FILE
-        _end_last_line(path)
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file: TextIO | None = None
+        if folder is not None:
+            path = folder / EVENTS_FILE
+            _end_last_line(path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> "EventLog":
         return self
@@ -41,7 +44,8 @@ class EventLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def watch(self, listener: Listener) -> None:
         """Pass every later event on to one more listener, which may write events itself."""
@@ -49,6 +53,8 @@ class EventLog:
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event; a value that is not finite becomes null, which JSON can say."""
+        if self._file is None:
+            return
         line = {"event": event, "time": time.time(), **values}
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -106,8 +112,9 @@ class EventReader:
             return
         if event["event"] == "start" and event.get("resumed_from") is not None:
             last = event["resumed_from"]
+            # From step 0 the whole run happens again.
             self.events = [
-                e for e in self.events if e.get("step", 0) <= last and e["event"] != "end"
+                e for e in self.events if last and e.get("step", 0) <= last and e["event"] != "end"
             ]
         self.events.append(event)
 

@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from dora_mlx.adapters.adapter_folder import trainable_arrays
 from dora_mlx.adapters.attach import AdapterSpec
 from dora_mlx.config import SMALL_MODEL, TrainConfig
 from dora_mlx.data.batches import Batch, BatchStream, make_batch, validation_batches
-from dora_mlx.data.examples import Examples, ExampleSet
+from dora_mlx.data.examples import Examples
 from dora_mlx.data.preparation import PreparedData, prepare, training_source
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import parameter_count
@@ -30,7 +31,9 @@ from dora_mlx.training.device_limits import memory_held_to
 from dora_mlx.training.events import EventLog, Listener
 from dora_mlx.training.loop import Trainer
 from dora_mlx.training.memory_plan import MemoryPlan, MemoryWatch, fit, gigabytes, plan_for
+from dora_mlx.training.notices import data_notices
 from dora_mlx.training.packed_attention import why_not_packed
+from dora_mlx.training.workers import Workers
 
 _PAUSE_POLL_S = 0.2
 
@@ -60,24 +63,28 @@ def finetune(
     overwrite: bool = False,
     fit: bool = False,
     ignore_memory: bool = False,
+    accept_changes: bool = False,
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> str:
     """Train as ``config`` says and leave everything in ``folder``.
 
     Args:
-        config: The options. With ``resume`` they must be those of the run.
+        config: The options. With ``resume`` they must be those of the run, but for the ones
+            marked ``on_resume``.
         folder: Where the run lives. It appears when model and data are known to be good.
         resume: Go on from the newest checkpoint in ``folder``.
         overwrite: Replace a run that is there.
         fit: Change batch size, accumulation, checkpointing and window so that the run fits into
             memory; what was changed is in the ``start`` event.
         ignore_memory: Start although the plan says that the run does not fit.
+        accept_changes: Resume also if the model's or the data's files are not what they were.
         listener: Called with every event as it is written.
         should_stop: Asked before every step; true ends the run with everything saved.
 
     Another process stops the run by making its ``stop`` file, and makes it wait by its ``pause``
-    file.
+    file. Started by ``mlx.launch`` it trains together with the other workers, of which the first
+    has the folder and the listener.
 
     Returns:
         ``completed``, ``stopped`` or ``early_stopped``.
@@ -85,57 +92,94 @@ def finetune(
     Raises:
         UserError: For anything that is the person's to mend; nothing half-made stays behind.
     """
-    if resume:
-        # It has fitted before, or someone wanted it all the same.
-        prepared = _prepare(config, ignore_memory=True)
-        _check_unchanged(folder, prepared)
-    else:
-        with folder.creating(overwrite):
-            prepared = _prepare(config, fit, ignore_memory)
-            arrays = trainable_arrays(prepared.base.model).values()
-            trainable_bytes = sum(array.nbytes for array in arrays)
-            check_space(folder.path, trainable_bytes, config.keep_checkpoints)
-            folder.write_config(prepared.description)
-    with (
-        folder.lock(),
-        EventLog(folder.path, listener) as log,
-        memory_held_to(prepared.memory_before + prepared.plan.peak),
-    ):
-        trainer = _trainer(prepared, folder, log)
-        damaged: list[Path] = []
+    workers = Workers()
+    with ExitStack() as held:
         if resume:
-            damaged = _restore(trainer, folder)
-        calibrated = _calibrate(trainer, prepared)
-        log.watch(
-            MemoryWatch(log, max(prepared.plan.peak, calibrated or 0), prepared.memory_before)
-        )
-        log.write("start", **_start_event(trainer, prepared, resume, calibrated))
-        for message in _warnings(prepared, trainer, damaged):
-            log.write("warning", step=trainer.progress.step, message=message)
-        try:
-            reason = trainer.run(lambda: _told_to_stop(folder, should_stop))
-        except BaseException as error:
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            log.write("end", step=trainer.progress.step, reason=reason, message=str(error))
-            raise
-        log.write("end", step=trainer.progress.step, reason=reason)
+            if workers.leads:
+                held.enter_context(folder.lock())
+                # Whoever made it meant the process that trained before.
+                folder.stop_file.unlink(missing_ok=True)
+            # It has fitted before, or someone wanted it all the same.
+            prepared = _prepare(config, workers, ignore_memory=True)
+            changes = _changes(folder, prepared, accept_changes) if workers.leads else []
+        else:
+            with folder.creating(overwrite) if workers.leads else nullcontext():
+                prepared = _prepare(config, workers, fit, ignore_memory)
+                if workers.leads:
+                    arrays = trainable_arrays(prepared.base.model).values()
+                    size = sum(array.nbytes for array in arrays)
+                    check_space(folder.path, size, config.keep_checkpoints)
+                    folder.write_config(prepared.description)
+            changes = []
+            if workers.leads:
+                held.enter_context(folder.lock())
+        log = held.enter_context(EventLog(folder.path if workers.leads else None, listener))
+        held.enter_context(memory_held_to(prepared.memory_before + prepared.plan.peak))
+        trainer = _trainer(prepared, folder, log, workers)
+        if resume and workers.leads:
+            changes += _restore(trainer, folder)
+            folder.write_config(prepared.description)
+        trainer.agree()
+        return _train(trainer, prepared, resume, changes, should_stop)
+
+
+def _train(
+    trainer: Trainer,
+    prepared: _Prepared,
+    resume: bool,
+    notices: list[str],
+    should_stop: Callable[[], bool],
+) -> str:
+    """Run the trainer between a ``start`` and an ``end`` event."""
+    log = trainer.log
+    calibrated = _calibrate(trainer, prepared)
+    log.watch(MemoryWatch(log, max(prepared.plan.peak, calibrated or 0), prepared.memory_before))
+    log.write("start", **_start_event(trainer, prepared, resume, calibrated))
+    for message in [*notices, *_warnings(prepared, trainer)]:
+        log.write("warning", step=trainer.progress.step, message=message)
+    try:
+        reason = trainer.run(lambda: _told_to_stop(trainer, should_stop))
+    except BaseException as error:
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        log.write("end", step=trainer.progress.step, reason=reason, message=str(error))
+        raise
+    log.write("end", step=trainer.progress.step, reason=reason)
     return reason
 
 
-def _told_to_stop(folder: RunFolder, should_stop: Callable[[], bool]) -> bool:
+def _told_to_stop(trainer: Trainer, should_stop: Callable[[], bool]) -> bool:
     """Whether to stop now; waits as long as the run is paused."""
-    while not should_stop():
-        if folder.stop_file.exists():
-            # Obeyed once: the run can be resumed.
-            folder.stop_file.unlink()
-            return True
-        if not folder.pause_file.exists():
-            return False
+    workers, folder = trainer.workers, RunFolder(trainer.folder)
+    paused = False
+    while True:
+        stop, pause = workers.any(
+            should_stop() or (workers.leads and _taken(folder.stop_file)),
+            workers.leads and folder.pause_file.exists(),
+        )
+        if stop or not pause:
+            return stop
+        if not paused:
+            # Nothing is lost if a paused run is never continued.
+            trainer.save()
+            trainer.log.write(
+                "warning",
+                step=trainer.progress.step,
+                message=f"paused until {folder.pause_file} is removed",
+            )
+        paused = True
         time.sleep(_PAUSE_POLL_S)
-    return True
 
 
-def _prepare(config: TrainConfig, fit_it: bool = False, ignore_memory: bool = False) -> _Prepared:
+def _taken(request: Path) -> bool:
+    """Whether there is a request; it is obeyed once, so that the run can be resumed."""
+    there = request.exists()
+    request.unlink(missing_ok=True)
+    return there
+
+
+def _prepare(
+    config: TrainConfig, workers: Workers, fit_it: bool = False, ignore_memory: bool = False
+) -> _Prepared:
     """Read the data, load the model, attach the adapter and settle what was left open."""
     path = resolve(config.model)
     # Bad data is reported before the weights are read.
@@ -147,6 +191,8 @@ def _prepare(config: TrainConfig, fit_it: bool = False, ignore_memory: bool = Fa
             "none that is for training has an answer within --max-seq-length tokens."
         )
     config, plan, chosen = _planned(config, train.examples, path, fit_it, ignore_memory)
+    # What fits on the leader's machine is done on all.
+    config = TrainConfig.from_dict(workers.share(config.to_dict()))
     if "max_seq_length" in chosen:
         data = prepare(config, training_source(config), load_tokenizer(path))
         train = data.train
@@ -158,7 +204,8 @@ def _prepare(config: TrainConfig, fit_it: bool = False, ignore_memory: bool = Fa
     total_parameters = parameter_count(base.model)
     mx.random.seed(config.seed)
     config, spec = attach_as_told(config, base)
-    settled = _settle(config, batches.rows, total_parameters < SMALL_MODEL)
+    per_step = config.batch_size * config.grad_accumulation_steps * workers.count
+    settled = _settle(config, batches.rows / per_step, total_parameters < SMALL_MODEL)
     description = {
         "options": settled.to_dict(),
         "model": {"path": str(base.path), "fingerprint": fingerprint(base.path)},
@@ -172,6 +219,8 @@ def _prepare(config: TrainConfig, fit_it: bool = False, ignore_memory: bool = Fa
             "python": platform.python_version(),
         },
     }
+    for part in ("model", "data"):
+        workers.check_same(description[part]["fingerprint"], part)
     return _Prepared(
         settled, base, spec, data, batches, refused, total_parameters, description, plan, chosen,
         memory_before,
@@ -214,12 +263,11 @@ def _calibrate(trainer: Trainer, prepared: _Prepared) -> int | None:
     return mx.get_peak_memory() - prepared.memory_before
 
 
-def _settle(config: TrainConfig, rows: int, small_model: bool) -> TrainConfig:
+def _settle(config: TrainConfig, steps_per_epoch: float, small_model: bool) -> TrainConfig:
     """The options with those filled in that depend on the model and the data."""
     steps = config.steps
     if steps is None:
-        per_step = config.batch_size * config.grad_accumulation_steps
-        steps = max(1, round(config.epochs * rows / per_step))
+        steps = max(1, round(config.epochs * steps_per_epoch))
     rate = config.learning_rate
     if rate is None:
         rate = default_learning_rate(config.method, small_model)
@@ -235,7 +283,7 @@ def default_learning_rate(method: str, small_model: bool) -> float:
     return rate / 10 if method == "full" else rate
 
 
-def _trainer(prepared: _Prepared, folder: RunFolder, log: EventLog) -> Trainer:
+def _trainer(prepared: _Prepared, folder: RunFolder, log: EventLog, workers: Workers) -> Trainer:
     config = prepared.config
     validation: list[Batch] = validation_batches(prepared.data.valid.examples, config.batch_size)
     return Trainer(
@@ -246,30 +294,49 @@ def _trainer(prepared: _Prepared, folder: RunFolder, log: EventLog) -> Trainer:
         validation,
         folder.path,
         log,
+        workers,
     )
 
 
-def _check_unchanged(folder: RunFolder, prepared: _Prepared) -> None:
-    """Refuse to go on with another model or other data than the run began with."""
+def _changes(folder: RunFolder, prepared: _Prepared, accept: bool) -> list[str]:
+    """What is not as it was when the run began, in sentences.
+
+    Raises:
+        UserError: If there is any and ``accept`` is not set.
+    """
     before = folder.read_config()
-    for part in ("model", "data"):
-        if before[part]["fingerprint"] != prepared.description[part]["fingerprint"]:
-            raise UserError(
-                f"The {part} of run {folder.name} has changed since it began "
-                f"({', '.join(before[part].get('files', [before[part].get('path')]))}). "
-                "Put it back as it was, or start a new run."
-            )
+    changed = [
+        f"The {part} of run {folder.name} has changed since it began "
+        f"({', '.join(before[part].get('files', [before[part].get('path')]))})."
+        for part in ("model", "data")
+        if before[part]["fingerprint"] != prepared.description[part]["fingerprint"]
+    ]
+    if changed and not accept:
+        raise UserError(
+            f"{' '.join(changed)} Put it back as it was, start a new run, or go on with what is "
+            "there now by --accept-changes."
+        )
+    return changed
 
 
-def _restore(trainer: Trainer, folder: RunFolder) -> list[Path]:
-    """Go to the newest intact checkpoint; returns the damaged ones that were passed over."""
-    found = load_newest_checkpoint(folder.checkpoints_dir)
-    if found is None:
-        # Interrupted before the first checkpoint: from the start is the next step.
-        return []
-    arrays, progress, damaged = found
-    trainer.restore(arrays, progress)
-    return damaged
+def _restore(trainer: Trainer, folder: RunFolder) -> list[str]:
+    """Go to the newest intact checkpoint; returns what there is to say about it.
+
+    Raises:
+        UserError: If the run is already past its last step.
+    """
+    found, damaged = load_newest_checkpoint(folder.checkpoints_dir)
+    if found is not None:
+        trainer.restore(found)
+    # Without any it was interrupted before the first: from the start is the next step.
+    if trainer.progress.step > trainer.steps:
+        raise UserError(
+            f"The run {folder.name} has done {trainer.progress.step} steps already, so it cannot "
+            f"end at step {trainer.steps}. An earlier adapter is used by --checkpoint STEP."
+        )
+    return [
+        f"the checkpoint {path.name} is damaged; going on from an older one" for path in damaged
+    ]
 
 
 def _start_event(
@@ -289,63 +356,18 @@ def _start_event(
         "trainable_parameters": trainable,
         "total_parameters": prepared.total_parameters,
         "plan": {**plan, "calibrated_peak": calibrated, "chosen": prepared.chosen},
+        "workers": trainer.workers.count,
         "device": str(mx.default_device().type).removeprefix("DeviceType."),
     }
 
 
-def _warnings(prepared: _Prepared, trainer: Trainer, damaged: list[Path]) -> list[str]:
-    messages = [
-        f"the checkpoint {path.name} is damaged; going on from an older one" for path in damaged
-    ]
+def _warnings(prepared: _Prepared, trainer: Trainer) -> list[str]:
+    messages: list[str] = []
     if dora_mlx.blas_notice and mx.default_device().type == mx.DeviceType.cpu:
         messages.append(dora_mlx.blas_notice)
     if trainer.loss_notice:
         messages.append(trainer.loss_notice)
-    messages += _data_warnings(prepared)
+    messages += data_notices(prepared.data, prepared.config, prepared.packing_refused)
     if not len(prepared.data.valid.examples):
         messages.append("there is nothing to validate on, so the last adapter counts as the best")
-    return messages
-
-
-def _data_warnings(prepared: _Prepared) -> list[str]:
-    """What the reports of the data say, one sentence for each kind."""
-    messages: list[str] = []
-    for report in prepared.data.reports:
-        if report.bad_rows:
-            messages.append(
-                f"{report.bad_rows} bad rows of {report.source} are left out (--skip-bad-rows)"
-            )
-        if report.count("warning"):
-            messages.append(
-                f"{report.source} has {report.summary('warning')}; "
-                f"`python -m dora_mlx.check {report.source}` names each"
-            )
-        messages += [f"{report.source}: {notice}" for notice in report.notices]
-    sets = (("training", prepared.data.train), ("validation", prepared.data.valid))
-    for kind, examples in sets:
-        messages += _length_warnings(kind, examples, prepared.config)
-    if prepared.packing_refused is not None:
-        messages.append(f"examples are not packed: {prepared.packing_refused}")
-    return messages
-
-
-def _length_warnings(kind: str, examples: ExampleSet, config: TrainConfig) -> list[str]:
-    """How many examples were longer than the limit, and what was done about it."""
-    ways = {
-        "cut": "were cut at the start of the prompt"
-        if config.long_examples == "truncate-prompt"
-        else "were cut at the end",
-        "split": "were split",
-        "dropped": "are left out",
-    }
-    messages = [
-        f"{examples.counts[way]} {kind} examples are longer than --max-seq-length "
-        f"{config.max_seq_length} and {done}"
-        for way, done in ways.items()
-        if examples.counts.get(way)
-    ]
-    if examples.dropped:
-        messages.append(
-            f"{examples.dropped} {kind} examples have no answer within that length and are left out"
-        )
     return messages

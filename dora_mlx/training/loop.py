@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +19,14 @@ from dora_mlx.config import TrainConfig
 from dora_mlx.data.batches import Batch, BatchStream, make_batch
 from dora_mlx.errors import UserError
 from dora_mlx.layers.dora import hoisted_norms
-from dora_mlx.training.checkpoints import Progress, save_checkpoint
+from dora_mlx.training.checkpoints import Checkpoint, Progress, save_checkpoint
 from dora_mlx.training.events import EventLog
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import best_loss
 from dora_mlx.training.optimizer import GroupedOptimizer
 from dora_mlx.training.schedule import learning_rate_at
+from dora_mlx.training.workers import Workers
 
 # A run that meets this many steps in a row without a finite loss will not recover.
 SKIPS_BEFORE_GIVING_UP = 5
@@ -43,6 +44,7 @@ class Trainer:
         validation: Batches to validate on; may be empty.
         folder: The run folder.
         log: Where events go.
+        workers: The processes that train together.
         progress: Where the run stands.
     """
 
@@ -53,6 +55,7 @@ class Trainer:
     validation: list[Batch]
     folder: Path
     log: EventLog
+    workers: Workers
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -90,51 +93,69 @@ class Trainer:
         """
         if self.progress.step == 0:
             self._validate()
-        while self.progress.step < self.steps:
+        while True:
+            if self._out_of_patience():
+                return self._finish("early_stopped")
+            if self.progress.step >= self.steps:
+                return self._finish("completed")
             if should_stop():
                 return self._finish("stopped")
             self._step()
             step = self.progress.step
             if step % self.config.steps_per_eval == 0 or step == self.steps:
                 self._validate()
-            if self._out_of_patience():
-                return self._finish("early_stopped")
             if step % self.config.steps_per_save == 0:
-                self._checkpoint()
-        return self._finish("completed")
+                self.save()
 
-    def state_arrays(self) -> dict[str, mx.array]:
-        """Trainable parameters and optimizer state, by name."""
-        trees = {"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
-        return cast(dict[str, mx.array], tree_flatten(trees, destination={}))
+    def save(self) -> None:
+        """Write a checkpoint of where the run stands, if it has none yet."""
+        if not self.workers.leads:
+            return
+        path = save_checkpoint(
+            self.folder / "checkpoints",
+            self.model,
+            self.spec,
+            _by_name(self.optimizer.state),
+            self.progress,
+            self.config.keep_checkpoints,
+        )
+        self.log.write("checkpoint", step=self.progress.step, path=str(path))
 
-    def restore(self, arrays: dict[str, mx.array], progress: Progress) -> None:
-        """Go back to what ``state_arrays`` returned at ``progress``.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to where the run stood at ``checkpoint``.
 
         Raises:
-            UserError: If the arrays are of another model or other options.
+            UserError: If it is of another model or other options.
         """
-        now = self.state_arrays()
-        if {k: v.shape for k, v in now.items()} != {k: v.shape for k, v in arrays.items()}:
-            raise UserError(
-                f"The checkpoint in {self.folder} is of another model or other options. "
-                "Start a new run instead."
-            )
-        trees = tree_unflatten(list(arrays.items()))
-        self.model.update(trees["model"])
-        self.optimizer.state = trees["optimizer"]
-        self.progress = progress
+        now = {
+            "adapter": _by_name(self.model.trainable_parameters()),
+            "optimizer": _by_name(self.optimizer.state),
+        }
+        for what, arrays in now.items():
+            then: dict[str, mx.array] = getattr(checkpoint, what)
+            if {k: v.shape for k, v in arrays.items()} != {k: v.shape for k, v in then.items()}:
+                raise UserError(
+                    f"The checkpoint {checkpoint.path} has another {what} than this run. "
+                    "Start a new run instead."
+                )
+        self.model.load_weights(list(checkpoint.adapter.items()), strict=False)
+        self.optimizer.state = tree_unflatten(list(checkpoint.optimizer.items()))
+        self.progress = checkpoint.progress
+
+    def agree(self) -> None:
+        """Give every worker the parameters, optimizer state and progress of the leader."""
+        self.model.update(self.workers.share_arrays(self.model.trainable_parameters()))
+        self.optimizer.state = self.workers.share_arrays(self.optimizer.state)
+        self.progress = Progress(**self.workers.share(asdict(self.progress)))
 
     def _step(self) -> None:
-        """One optimizer step over ``grad_accumulation_steps`` batches."""
+        """One optimizer step over ``grad_accumulation_steps`` batches of every worker."""
         step = self.progress.step + 1
         started = time.perf_counter()
-        # Seeded by the step, the dropout of a resumed run needs no saved state.
-        mx.random.seed(self.config.seed * 1_000_003 + step)
         self.model.train()
-        loss, gradients, tokens = self._accumulate(step)
+        loss, gradients, tokens = self._accumulate()
         gradients, norm = optim.clip_grad_norm(gradients, self.config.max_grad_norm)
-        mx.eval(loss, norm, gradients)
+        mx.eval(norm, gradients)
         rate = learning_rate_at(
             step, self.steps, self._peak, self.config.warmup_steps, self.config.schedule
         )
@@ -147,13 +168,15 @@ class Trainer:
         self.progress = replace(
             self.progress,
             step=step,
+            position=self.progress.position
+            + self.config.grad_accumulation_steps * self.workers.count,
             tokens=self.progress.tokens + tokens,
             skipped_in_a_row=skipped,
         )
         self.log.write(
             "step",
             step=step,
-            loss=loss.item(),
+            loss=loss,
             learning_rate=rate,
             tokens=self.progress.tokens,
             tokens_per_second=tokens / (time.perf_counter() - started),
@@ -161,22 +184,25 @@ class Trainer:
             grad_norm=norm.item(),
         )
 
-    def _accumulate(self, step: int) -> tuple[mx.array, Any, int]:
+    def _accumulate(self) -> tuple[float, Any, int]:
         """Mean loss over the trained tokens of a global batch, its gradients, and their number."""
-        count = self.config.grad_accumulation_steps
-        micro_batches = [self.batches.batch((step - 1) * count + i) for i in range(count)]
-        tokens = sum(batch.trained_tokens for batch in micro_batches)
-        loss = mx.array(0.0)
+        loss, own_tokens = mx.array(0.0), 0
         total: Any = None
         with self._ready():
-            for batch in micro_batches:
+            for number in range(self.config.grad_accumulation_steps):
+                position = self.progress.position + number * self.workers.count + self.workers.rank
+                # Seeded by the batch, the dropout of a resumed run needs no saved state.
+                mx.random.seed(self.config.seed * 1_000_003 + position)
+                batch = self.batches.batch(position)
                 part, gradients = self._loss_and_gradients(self.model, batch)
-                loss = loss + part
+                loss, own_tokens = loss + part, own_tokens + batch.trained_tokens
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
                 mx.eval(loss, total)
                 # The screen of a Mac is drawn by the same GPU, and macOS ends what holds it.
                 time.sleep(self.config.pause_ms / 1000)
-        return loss / tokens, tree_map(partial(mx.multiply, 1 / tokens), total), tokens
+        loss_sum, tokens = self.workers.sum(cast(float, loss.item()), own_tokens)
+        total = self.workers.sum_gradients(total)
+        return loss_sum / tokens, tree_map(partial(mx.multiply, 1 / tokens), total), int(tokens)
 
     def rehearse(self, batch: Batch) -> None:
         """Loss and gradients of a batch, thrown away: it takes a step's memory and changes nothing.
@@ -216,11 +242,12 @@ class Trainer:
         if not self.validation:
             return
         self.model.eval()
-        loss, tokens = 0.0, 0
+        own_loss, own_tokens = 0.0, 0
         with hoisted_norms(self.model):
-            for batch in self.validation:
-                loss += cast(float, self._loss_sum(self.model, batch).item())
-                tokens += batch.trained_tokens
+            for batch in self.validation[self.workers.rank :: self.workers.count]:
+                own_loss += cast(float, self._loss_sum(self.model, batch).item())
+                own_tokens += batch.trained_tokens
+        loss, tokens = self.workers.sum(own_loss, own_tokens)
         mean, best = loss / tokens, self.progress.best_loss
         self.log.write("validation", step=self.progress.step, loss=mean)
         if self.progress.step == 0:
@@ -228,7 +255,7 @@ class Trainer:
             return
         if best is None or mean < best:
             self.progress = replace(self.progress, best_loss=mean, validations_since_best=0)
-            save_adapter(self.folder, self.model, self.spec)
+            self._save_adapter()
         else:
             since = self.progress.validations_since_best + 1
             self.progress = replace(self.progress, validations_since_best=since)
@@ -238,17 +265,16 @@ class Trainer:
         return patience is not None and self.progress.validations_since_best >= patience
 
     def _finish(self, reason: str) -> str:
-        self._checkpoint()
+        self.save()
         if self.progress.best_loss is None:
             # Never validated, so the last adapter is the best one known.
-            save_adapter(self.folder, self.model, self.spec)
+            self._save_adapter()
         return reason
 
-    def _checkpoint(self) -> None:
-        path = save_checkpoint(
-            self.folder / "checkpoints",
-            self.state_arrays(),
-            self.progress,
-            self.config.keep_checkpoints,
-        )
-        self.log.write("checkpoint", step=self.progress.step, path=str(path))
+    def _save_adapter(self) -> None:
+        if self.workers.leads:
+            save_adapter(self.folder, self.model, self.spec)
+
+
+def _by_name(tree: Any) -> dict[str, mx.array]:
+    return cast(dict[str, mx.array], tree_flatten(tree, destination={}))

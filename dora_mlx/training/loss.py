@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from dora_mlx.data.batches import Batch
+from dora_mlx.kernels.frozen_product import on_cpu
 from dora_mlx.training.packed_attention import attention_arguments
 
 # Logits alive at a time: 32 MiB in float32.
@@ -118,8 +119,10 @@ def _chunk_by_chunk(
     """Loss sum of ``hidden`` ``[n, dims]``, and its gradient there (zeros without ``gradient``)."""
 
     def chunk_loss(hidden: mx.array, targets: mx.array) -> mx.array:
-        logits = _output_layer(model, hidden).astype(mx.float32)
-        return nn.losses.cross_entropy(logits, targets, reduction="sum")
+        logits = _output_layer(model, hidden)
+        # On a GPU it sums in float32 whatever it is given, and needs no copy of the logits.
+        logits = logits.astype(mx.float32) if on_cpu() else logits
+        return mx.fast.cross_entropy(logits, targets).sum()
 
     rows = loss_chunk(_vocabulary_size(model, hidden))
     total, gradients = mx.array(0.0), []
