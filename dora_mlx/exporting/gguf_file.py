@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from dora_mlx.errors import UserError
 from dora_mlx.exporting.gguf.read import WrittenTensors
 from dora_mlx.exporting.gguf.tokenization import check_gguf_tokens, probes_for
 from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
@@ -15,7 +16,7 @@ from dora_mlx.exporting.gguf.write import (
     plan_file,
     write_gguf,
 )
-from dora_mlx.exporting.logits import coarser
+from dora_mlx.exporting.logits import VerificationError, coarser
 from dora_mlx.exporting.reload import logits_of_weights
 from dora_mlx.exporting.staging import Progress
 from dora_mlx.exporting.verify import (
@@ -75,8 +76,15 @@ class GgufWriter:
         notes = notes_on(source.weights, plan, vocabulary)
         if llama_cpp_is_installed():
             texts = probes_for(vocabulary)
-            [(logits, cut)] = run_llama_cpp([written], tokens, texts)
-            check_gguf_tokens(cut, texts, source.base_dir, written)
+            try:
+                [(logits, cut)] = run_llama_cpp([written], tokens, texts)
+                check_gguf_tokens(cut, texts, source.base_dir, written)
+            except VerificationError as error:
+                if source.pre is None:
+                    raise
+                raise UserError(
+                    f"--pre {source.pre} is not what this tokenizer does: {error}."
+                ) from error
             return Reading("llama.cpp", count, logits, precision, " ".join(notes) or None)
         logits, computed_in = logits_of_weights(source.base, WrittenTensors(written, plan), tokens)
         if precision is not None:

@@ -49,7 +49,8 @@ def _load(file: str, length: int) -> Any:
         # The default cache is float16, which would be measured along with the file.
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
+        # Says on stderr why a file cannot be loaded.
+        verbose=True,
     )
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,8 @@ TYPE_ERRORS = {
     Type.Q4_0: 0.15,
 }
 COARSEST_ERROR = 0.5
+# Lines in which llama.cpp says why it stopped.
+_REASON = re.compile(r"error loading|GGML_ASSERT|terminate called|what\(\)")
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,10 @@ def run_llama_cpp(
         )
         done = len(list(Path(folder).glob("tokens*.json")))
         if child.returncode != 0 or done < len(files):
-            said = child.stderr[-2000:]
+            reasons = [line for line in child.stderr.splitlines() if _REASON.search(line)]
+            said = "; ".join(line.strip() for line in reasons[-3:]) or child.stderr[-500:]
             raise VerificationError(
-                f"llama.cpp cannot use {files[done]} ({child.returncode}):\n{said}"
+                f"llama.cpp cannot use {files[done]} ({child.returncode}): {said}"
             )
         return [
             (
