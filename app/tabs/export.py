@@ -31,14 +31,14 @@ def build(context: Context, page: Page) -> None:
                 stop = gr.Button(
                     "Stop", variant="stop", size="sm", visible=False, elem_id="export-stop"
                 )
-            with gr.Column(elem_classes="card"):
+            with gr.Column(elem_classes="card", visible=False) as written:
                 gr.HTML(html.heading("Written before"))
                 done = gr.Dropdown([], label="Export", elem_id="export-done")
                 files = gr.HTML(elem_id="export-files")
                 show = gr.Button("Open folder", size="sm", elem_id="export-open")
                 problem = gr.HTML(elem_id="export-done-problem")
     _wire_form(context, page, form, nothing, body)
-    _wire_result(context, page, job, stop, done, files, show, problem)
+    _wire_result(context, page, job, stop, written, done, files, show, problem)
 
 
 _NO_RESULT = html.empty("Nothing exported yet", "Its size, and what is left of the training in it.")
@@ -49,7 +49,12 @@ def _form() -> dict[str, Any]:
     gr.HTML(html.heading("Export", "one model, the adapter merged into it"))
     run = run_dropdown("export-run")
     chosen = gr.Radio(
-        list(_FORMATS), value=_FIRST, label="Format", info=first.summary, elem_id="export-format"
+        list(_FORMATS),
+        value=_FIRST,
+        label="Format",
+        info=first.summary,
+        elem_id="export-format",
+        elem_classes="segments",
     )
     quant = gr.Dropdown(
         _quants(first),
@@ -119,8 +124,8 @@ def _format(name: str) -> Any:
 
 
 def _wire_result(
-    context: Context, page: Page, job: Any, stop: Any, done: Any, files: Any, show: Any,
-    problem: Any,
+    context: Context, page: Page, job: Any, stop: Any, written: Any, done: Any, files: Any,
+    show: Any, problem: Any,
 ) -> None:  # fmt: skip
     seen = gr.State("")
 
@@ -130,13 +135,14 @@ def _wire_result(
         names = context.exports.names()
         now = f"{names} {state}"
         if now == before:
-            return [gr.skip()] * 4
+            return [gr.skip()] * 5
         newest = state.output.name if state is not None and state.report is not None else None
         ended = state is not None and not state.running and str(state) not in before
         value = newest if ended and newest in names else chosen if chosen in names else None
         return [
             now, view.job(state) or _NO_RESULT,
             gr.update(visible=state is not None and state.running),
+            gr.update(visible=bool(names)),
             gr.update(choices=names, value=value or (names[0] if names else None)),
         ]  # fmt: skip
 
@@ -148,7 +154,7 @@ def _wire_result(
             place, _next_commands(context, name)
         )
 
-    connect(page.tick.tick, watch, [seen, done], [seen, job, stop, done], queue=False)
+    connect(page.tick.tick, watch, [seen, done], [seen, job, stop, written, done], queue=False)
     connect(stop.click, lambda: context.exports.stop(), [], [])
     connect(done.change, list_files, [done], [files])
     connect(show.click, lambda name: _open(context, name), [done], [], notice=problem)

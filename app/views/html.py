@@ -63,11 +63,11 @@ def tiles(values: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def progress(share: float, label: str, running: bool = True) -> str:
-    """A bar; ``share`` is 0 to 1."""
+def progress(share: float, label: str, kind: str = "info") -> str:
+    """A bar; ``share`` is 0 to 1, and ``kind`` gives its colour."""
     percent = 100 * min(1.0, max(0.0, share))
     return (
-        f'<div class="progress{" running" if running else ""}" role="progressbar" '
+        f'<div class="progress {kind}" role="progressbar" '
         f'aria-label="{escape(label)}" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{percent:.0f}"><i style="width:{percent:.2f}%"></i></div>'
     )

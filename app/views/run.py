@@ -54,7 +54,7 @@ def status_card(look: RunLook, log: str = "") -> str:
     return (
         f'<div class="run-head">{html.pill(word, kind, live=True)}{name}'
         f'<span class="hint">{html.escape(what)}</span></div>'
-        f"{html.progress(share, 'Progress of the training', summary.is_active)}"
+        f"{html.progress(share, 'Progress of the training', kind)}"
         f'<div class="run-facts figures">{line}</div>'
         f"{html.tiles(_figures(summary, steps, validations))}"
         f"{_last_words(look)}"

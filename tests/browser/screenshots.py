@@ -48,7 +48,7 @@ def main() -> int:
                 _photograph_empty(browser, server.url)
                 _train(page, "first-try", rank=4, steps=40)
                 _train(page, "talks-like-a-pirate", rank=8, steps=160)
-            if not server.exports_dir.exists():
+            if not server.exports_dir.exists() or not any(server.exports_dir.iterdir()):
                 _export(page)
             page.close()
             for theme in ("light", "dark"):
