@@ -61,7 +61,11 @@ def label_of(name: str) -> str:
 
 def help_of(name: str) -> str:
     """The help text with the labels of the form in the place of flags."""
-    text: str = OPTIONS[name].metadata["help"]
+    return in_words_of_the_form(OPTIONS[name].metadata["help"])
+
+
+def in_words_of_the_form(text: str) -> str:
+    """A sentence with the labels of options in the place of their flags."""
     return re.sub(r"--([a-z][a-z-]+)", lambda found: _labelled(found[1]), text)
 
 
@@ -140,8 +144,7 @@ def config_from(values: Mapping[str, Any], data: Mapping[str, Any]) -> TrainConf
     try:
         config = TrainConfig.from_dict({**options, **data}, where="The form")
     except UserError as error:
-        flags = re.sub(r"--([a-z][a-z-]+)", lambda found: _labelled(found[1]), str(error))
-        problems.append(flags.removesuffix("."))
+        problems.append(in_words_of_the_form(str(error)).removesuffix("."))
     if problems:
         raise UserError(f"{'; '.join(problems)}.")
     return config

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any, cast
 from dora_mlx import RunFolder, TrainConfig, UserError
 
 if TYPE_CHECKING:
-    from dora_mlx import ChatModel, DataLook, DataOverview, HeldOutQuestion, Sampling, TokenSpan
+    from dora_mlx import (
+        ChatModel,
+        DataLook,
+        DataOverview,
+        HeldOutQuestion,
+        MemoryPlan,
+        Sampling,
+        TokenSpan,
+    )
 
 
-def plan(config: TrainConfig) -> object:
+def plan(config: TrainConfig) -> "MemoryPlan":
     """The memory plan of a training."""
     from dora_mlx import plan_memory
 

@@ -78,7 +78,7 @@ def test_every_text_is_escaped_and_clean():
         run.loss_chart(evil),
         runs.table([summary(EVIL)], EVIL, [EVIL]),
         runs.comparison([evil]),
-        plan.bar(MemoryPlan({EVIL: 1}, 1, 1, "fits", (EVIL,))),
+        plan.bar(MemoryPlan({EVIL: 1}, 1, 1, "fits", (EVIL,), 1, 1)),
     ]
     for page in pages:
         assert "<img" not in page
@@ -139,7 +139,7 @@ def test_time_between_an_end_and_a_resume_does_not_count():
 
 def test_plan_over_the_limit_is_marked_in_the_bar():
     parts = {"weights": 30, "activations": 10}
-    page = plan.bar(MemoryPlan(parts, 40, 20, "does not fit", ("Less.",)))
+    page = plan.bar(MemoryPlan(parts, 40, 20, "does not fit", ("Less.",), 4, 512))
     assert "left:50.00%" in page
     assert "width:75.00%" in page
     assert "does not fit" in page

@@ -140,7 +140,7 @@ def _wire_result(
         ended = state is not None and not state.running and str(state) not in before
         value = newest if ended and newest in names else chosen if chosen in names else None
         return [
-            now, view.job(state) or _NO_RESULT,
+            now, view.job(state) or _last_report(context, names),
             gr.update(visible=state is not None and state.running),
             gr.update(visible=bool(names)),
             gr.update(choices=names, value=value or (names[0] if names else None)),
@@ -158,6 +158,12 @@ def _wire_result(
     connect(stop.click, lambda: context.exports.stop(), [], [])
     connect(done.change, list_files, [done], [files])
     connect(show.click, lambda name: _open(context, name), [done], [], notice=problem)
+
+
+def _last_report(context: Context, names: list[str]) -> str:
+    """What was measured about the newest export, also by a former server."""
+    found = read_export_report(context.exports_dir / names[0]) if names else None
+    return _NO_RESULT if found is None else view.report(found)
 
 
 def _open(context: Context, name: str | None) -> None:

@@ -1,6 +1,7 @@
 """The form for a new run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import gradio as gr
 from app import work
 from app.connect import connect
 from app.context import Context, Page
-from app.controls import ADVANCED, GROUPS, OPTIONS, config_from, control, shown
+from app.controls import (
+    ADVANCED,
+    GROUPS,
+    OPTIONS,
+    config_from,
+    control,
+    in_words_of_the_form,
+    shown,
+)
 from app.presets import PRESETS
 from app.views import html
 from app.views import plan as plan_view
@@ -143,10 +152,12 @@ def _wire_form(
     def estimate(data: dict[str, Any], model: str, *values: Any) -> str:
         try:
             config = _config(data, model, names, values)
-            return plan_view.bar(context.data.call(work.plan, config))
+            plan = context.data.call(work.plan, config)
         except UserError:
             # Start says what is wrong; a plan for what cannot be is of no use.
             return ""
+        advice = tuple(in_words_of_the_form(sentence) for sentence in plan.advice)
+        return plan_view.bar(replace(plan, advice=advice))
 
     connect(preset.input, apply, [preset], components)
     connect([component.change for component in components], changed, components, [advanced])
