@@ -57,7 +57,7 @@ def _map(weights: list[Any], title: str, hint: str, value: Callable[[Any], float
         for module in modules
     )
     return (
-        f'<h3 class="group">{escape(title)} <span class="hint">{escape(hint)}; darkest: '
+        f'<h3 class="group">{escape(title)} <span class="hint">{escape(hint)}; strongest: '
         f'{most:.2g}</span></h3><div class="scroll" tabindex="0"><table class="heat figures">'
         f'<thead><tr><th scope="col">Block</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
         "</div>"
