@@ -18,9 +18,9 @@ from dora_mlx.exporting.formats import find_format
 from dora_mlx.exporting.gguf import (
     LLAMA_QUANTIZE_QUANTS,
     QUANTS,
+    WrittenTensors,
     gguf_size,
     plan_file,
-    read_tensors,
     write_gguf,
 )
 from dora_mlx.exporting.gguf import kquants as k
@@ -84,7 +84,7 @@ def test_every_type_is_written_checked_and_read_back(tmp_path, quant):
     check_gguf_tensors(file, weights, base, quant)
     assert abs(gguf_size(weights, base, quant) - file.stat().st_size) < 2e6
     plan = plan_file(base, weights, quant)
-    for name, tensor in read_tensors(file, plan):
+    for name, tensor in WrittenTensors(file, plan).items():
         assert mx.abs(tensor - weights[name]).max() < 0.3 * mx.abs(weights[name]).max()
     data = bytearray(file.read_bytes())
     # The last tensor written: halve it by the high byte of its scales.
@@ -177,7 +177,7 @@ def test_an_untouched_4_bit_weight_goes_over_to_q4_1(tmp_path, group, dtype):
     assert "token_embd.weight" in plan.taken_over
     assert not {"blk.0.attn_q.weight", "blk.0.ffn_down.weight"} & plan.taken_over
     names = {tensor.source: tensor.name for tensor in plan.tensors}
-    for source, tensor in read_tensors(file, plan):
+    for source, tensor in WrittenTensors(file, plan).items():
         if names[source] in plan.taken_over:
             # bfloat16 scales are exact in float16; float32 ones lose half of 2^-11.
             limit = 1e-7 if dtype == mx.bfloat16 else 2e-3
