@@ -26,6 +26,8 @@ def run(words):
     verb, flags = words[2], words[3:]
     if verb.endswith(".train") and "--resume" not in flags:
         flags = [*flags, *QUICK]
+    if verb.endswith(".compare"):
+        flags = [*flags, "--budget", "2steps"]
     if verb.endswith(".chat"):
         flags = ["--prompt", "Hi", *flags, "--max-tokens", "3"]
     return import_module(verb).main(flags)
@@ -61,7 +63,7 @@ def test_make_targets_that_are_named_exist(target):
 
 
 def test_files_that_are_named_exist():
-    tree = next(block for _, block in BLOCKS if "dora_mlx/\n" in block)
+    tree = next(block for _, block in BLOCKS if block.startswith("dora_mlx/"))
     root, folder = Path(__file__).parent.parent, Path()
     for line in tree.splitlines():
         names = line.strip().split("  ")[0].split()
