@@ -124,6 +124,22 @@ def test_full_logits_never_exist(monkeypatch):
     assert peak(ChunkedLoss()) < logits / 2
 
 
+class Odd(nn.Module):
+    """Its logits depend on the tokens outside of the body."""
+
+    def __init__(self):
+        super().__init__()
+        inner = model_of("llama-untied")
+        self.model = inner.model
+        self.lm_head = inner.lm_head
+        self.sizes = []
+        self.freeze()
+
+    def __call__(self, tokens):
+        self.sizes.append(tokens.size)
+        return self.lm_head(self.model(tokens)) * (1 + tokens[..., None])
+
+
 def test_trained_head_falls_back_with_the_reason():
     model = model_of("llama-untied")
     model.lm_head.unfreeze()
@@ -133,22 +149,16 @@ def test_trained_head_falls_back_with_the_reason():
 
 
 def test_head_that_is_not_understood_falls_back_with_the_reason():
-    class Odd(nn.Module):
-        """Its logits depend on the tokens outside of the body."""
-
-        def __init__(self, inner):
-            super().__init__()
-            self.model = inner.model
-            self.lm_head = inner.lm_head
-
-        def __call__(self, tokens):
-            return self.lm_head(self.model(tokens)) * (1 + tokens[..., None])
-
-    odd = Odd(model_of("llama-untied"))
-    odd.freeze()
-    loss, reason = best_loss(odd, random_batch())
+    loss, reason = best_loss(Odd(), random_batch())
     assert loss is plain_loss_sum
     assert "where the plain loss is" in reason
+
+
+def test_proof_needs_few_logits_and_looks_where_tokens_are_trained():
+    odd, batch = Odd(), random_batch(8, 256)
+    batch.weights[:, :200] = 0
+    assert "where the plain loss is" in best_loss(odd, batch)[1]
+    assert max(odd.sizes) == 32
 
 
 def test_masked_tokens_count_for_nothing_even_when_infinite():

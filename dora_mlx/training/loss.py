@@ -23,6 +23,8 @@ _CHUNK_VALUES = 1 << 23
 _SMALLEST_CHUNK = 64
 # How far the two may differ relative to the loss; summing in another order explains far less.
 _AGREEMENT = 1e-2
+# The proof needs full logits; these are no more than a chunk of the loss has.
+_PROOF_ROWS, _PROOF_TOKENS = 2, 16
 
 
 class LossSum(Protocol):
@@ -67,9 +69,10 @@ class ChunkedLoss:
 
 
 def best_loss(model: nn.Module, batch: Batch) -> tuple[LossSum, str | None]:
-    """The chunked loss if it is proven equal on ``batch``, else the plain one and the reason."""
+    """The chunked loss if it is proven equal on some of ``batch``, else the plain one and why."""
     reason = why_not_chunked(model)
     if reason is None:
+        batch = _excerpt(batch)
         with _evaluating(model):
             plain, chunked = plain_loss_sum(model, batch), ChunkedLoss()(model, batch)
         difference = abs(cast(float, (plain - chunked).item()))
@@ -77,6 +80,16 @@ def best_loss(model: nn.Module, batch: Batch) -> tuple[LossSum, str | None]:
             return ChunkedLoss(), None
         reason = f"it gives {chunked.item():.4f} where the plain loss is {plain.item():.4f}"
     return plain_loss_sum, f"the output layer is not computed in chunks: {reason}"
+
+
+def _excerpt(batch: Batch) -> Batch:
+    """The first rows of ``batch``, around their first trained token."""
+    rows = batch.weights[:_PROOF_ROWS]
+    first = int(np.flatnonzero(rows.any(axis=0))[0]) if rows.any() else 0
+    start = max(0, first - _PROOF_TOKENS // 2)
+    part = slice(_PROOF_ROWS), slice(start, start + _PROOF_TOKENS)
+    segments = None if batch.segments is None else batch.segments[part]
+    return Batch(batch.inputs[part], batch.targets[part], batch.weights[part], segments)
 
 
 def why_not_chunked(model: nn.Module) -> str | None:

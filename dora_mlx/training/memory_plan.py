@@ -24,8 +24,8 @@ from dora_mlx.training.step_memory import BatchShape, predict
 Verdict = Literal["fits", "tight", "does not fit"]
 
 _TIGHT = 0.9
-# Beyond the error of a plan.
-_GROWTH = 1.15
+# Beyond the error of a plan, and worth a word on any machine.
+_GROWTH, _GROWTH_BYTES = 1.15, 100e6
 # Shorter windows than this cut most conversations.
 _SHORTEST_WINDOW = 256
 
@@ -173,7 +173,7 @@ class MemoryWatch:
     def __call__(self, event: Event) -> None:
         """Look at one event."""
         needed = event.get("peak_memory_bytes", 0) - self._before
-        if self._warned or needed <= _GROWTH * self._planned:
+        if self._warned or needed <= max(_GROWTH * self._planned, self._planned + _GROWTH_BYTES):
             return
         self._warned = True
         self._log.write(
