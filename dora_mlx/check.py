@@ -98,7 +98,8 @@ def _print_report(source: "Source", tokenized: "TokenizedSource") -> None:
     report = tokenized.report
     print(f"{source}: {report.rows:,} rows, {report.bad_rows:,} bad")
     if report.bad_rows:
-        print(f"\nerrors ({report.bad_rows:,} bad {report.unit}s):\n{report.listing('error')}")
+        bad = f"{report.bad_rows:,} bad {report.unit}{'s'[: report.bad_rows > 1]}"
+        print(f"\nerrors ({bad}):\n{report.listing('error')}")
     if report.count("warning"):
         print(f"\nwarnings ({report.summary('warning')}):\n{report.listing('warning')}")
     for notice in report.notices:

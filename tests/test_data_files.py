@@ -221,6 +221,18 @@ def test_a_hundred_seeded_faults_are_all_named_in_one_report(tmp_path):
     assert all(sentence in named[number] for number, sentence in expected.items())
 
 
+def test_the_same_fault_in_line_after_line_is_told_once(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("frage,antwort\n" + "Wie?,So.\n" * 3 + "Nur das,\n" + "Wie?,So.\n" * 400)
+    with pytest.raises(UserError, match="has 404 bad lines") as caught:
+        read_records(path)
+    listing = str(caught.value).splitlines()[1:]
+    assert [line.partition(":")[0] for line in listing] == [
+        "  lines 2 to 4", "  line 5", "  lines 6 to 405",
+    ]  # fmt: skip
+    assert "--columns prompt=frage completion=antwort" in listing[0]
+
+
 def test_warnings_are_no_errors_and_name_their_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [chat(), chat(), chat("Hi", "Hey"), chat("Bell", "\a"), chat("Lost", "\ufffd")]

@@ -1,6 +1,6 @@
 """Everything wrong with a data file, in one report."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,11 +80,20 @@ class Report:
             )
 
     def listing(self, severity: Severity) -> str:
-        """One indented line for each problem of a severity, by place."""
+        """One indented line for each problem of a severity, by place.
+
+        The same problem in lines that follow each other is one: ``lines 2 to 61: ...``.
+        """
         of_severity = [problem for problem in self.problems if problem.severity == severity]
         of_severity.sort(key=lambda problem: problem.line)
-        lines = [self._describe(problem) for problem in of_severity[:_SHOWN]]
-        more = self.count(severity) - len(lines)
+        spans: list[list[Problem]] = []
+        for problem in of_severity:
+            if spans and _goes_on(spans[-1][-1], problem):
+                spans[-1].append(problem)
+            else:
+                spans.append([problem])
+        lines = [self._describe(span[0], span[-1]) for span in spans[:_SHOWN]]
+        more = self.count(severity) - sum(len(span) for span in spans[:_SHOWN])
         return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
     def summary(self, severity: Severity) -> str:
@@ -110,6 +119,14 @@ class Report:
             self.problems.append(problem)
         kinds[problem.kind] = kinds.get(problem.kind, 0) + 1
 
-    def _describe(self, problem: Problem) -> str:
-        column = "" if problem.column is None else f", column {problem.column}"
-        return f"  {self.unit} {problem.line}{column}: {problem.message}"
+    def _describe(self, first: Problem, last: Problem) -> str:
+        place = f"{self.unit} {first.line}"
+        if last.line > first.line:
+            place = f"{self.unit}s {first.line} to {last.line}"
+        column = "" if first.column is None else f", column {first.column}"
+        return f"  {place}{column}: {first.message}"
+
+
+def _goes_on(before: Problem, problem: Problem) -> bool:
+    """Whether a problem is the one of the line before, once more."""
+    return replace(before, line=before.line + 1) == problem
