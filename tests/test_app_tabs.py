@@ -12,7 +12,15 @@ from app.sampling import sampling_from
 from app.uploads import keep_upload, uploaded_file, uploads
 from app.views import changes, chat, data, export
 from app.workers import Worker
-from dora_mlx import DataLook, Sampling, TrainConfig, UserError, find_run, inspect_run
+from dora_mlx import (
+    EXPORT_FORMATS,
+    DataLook,
+    Sampling,
+    TrainConfig,
+    UserError,
+    find_run,
+    inspect_run,
+)
 from dora_mlx.__main__ import main
 from dora_mlx.registry import samples_dir
 
@@ -160,6 +168,26 @@ def test_maps_show_every_weight(run):
     assert events[-1][0] == "result"
     assert events[0][0] == "progress"
     assert events[-1][1].weights == found.weights
+
+
+def test_map_has_one_form_of_number():
+    weights = [
+        SimpleNamespace(module="q", block=block, direction_change=value, magnitude_change=0.0,
+                        magnitude=1.0)
+        for block, value in enumerate((0.0071, 0.00045))
+    ]  # fmt: skip
+    drawn = changes.heat_maps(SimpleNamespace(weights=weights))
+    assert "mean of 1 - cos over rows, in units of 1e-3" in drawn
+    assert ">7.10</td>" in drawn
+    assert ">0.45</td>" in drawn
+    # A map of zeros has no unit.
+    assert drawn.count("in units of") == 1
+
+
+def test_size_is_known_before_an_export_in_every_format(run, tmp_path):
+    for chosen in EXPORT_FORMATS:
+        found = work.size_of_export(run, chosen.name, tmp_path / "x", chosen.quants[0].name)
+        assert 0 < found.needed < found.free
 
 
 def test_export_is_one_job_at_a_time_with_a_report(run, tmp_path):

@@ -1,5 +1,6 @@
 """What the tab What changed draws of an inspection."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,33 +50,39 @@ def _map(weights: list[Any], title: str, hint: str, value: Callable[[Any], float
     blocks = sorted({weight.block for weight in weights})
     values = {(weight.module, weight.block): value(weight) for weight in weights}
     most = max(values.values()) or 1.0
+    power = _power(most)
     head = "".join(f'<th scope="col">{block}</th>' for block in blocks)
     rows = "".join(
         f'<tr><th scope="row">{escape(module)}</th>'
-        + "".join(_cell(module, block, values.get((module, block)), most) for block in blocks)
+        + "".join(
+            _cell(module, block, values.get((module, block)), most, power) for block in blocks
+        )
         + "</tr>"
         for module in modules
     )
+    unit = f", in units of 1e{power}" if power else ""
     return (
-        f'<h3 class="group">{escape(title)} <span class="hint">{escape(hint)}; strongest: '
-        f'{most:.2g}</span></h3><div class="scroll" tabindex="0"><table class="heat figures">'
+        f'<h3 class="group">{escape(title)} <span class="hint">{escape(hint + unit)}'
+        f'</span></h3><div class="scroll" tabindex="0"><table class="heat figures">'
         f'<thead><tr><th scope="col">Block</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
         "</div>"
     )
 
 
-def _cell(module: str, block: int, value: float | None, most: float) -> str:
+def _power(most: float) -> int:
+    """The power of ten, a multiple of three, that the largest value of a map is a few of."""
+    return min(0, 3 * math.floor(math.log10(most) / 3))
+
+
+def _cell(module: str, block: int, value: float | None, most: float, power: int) -> str:
     if value is None:
         return "<td></td>"
     share = 100 * value / most
     label = f"{module}, block {block}: {value:.3g}"
     ink = ' class="strong"' if share > 55 else ""
-    return f'<td{ink} style="--heat:{share:.0f}%" title="{escape(label)}">{_short(value)}</td>'
-
-
-def _short(value: float) -> str:
-    text = f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.3f}"
-    return text.replace("e-0", "e-")
+    return (
+        f'<td{ink} style="--heat:{share:.0f}%" title="{escape(label)}">{value / 10**power:.2f}</td>'
+    )
 
 
 def largest(weights: Iterable[Any]) -> str:

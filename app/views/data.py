@@ -70,7 +70,8 @@ def _problems(overview: Any, severity: str, skip_bad_rows: bool) -> Iterable[str
             yield _item("warn" if skip_bad_rows else "bad", title, lines)
         else:
             number = report.count("warning")
-            title = f"{number:,} warning{'s'[: number > 1]}; these rows stay"
+            rows = f"{number:,} {report.unit}{'s'[: number > 1]} of {_name(report.source)}"
+            title = f"{rows} may deserve a look; the training uses {'them' if number > 1 else 'it'}"
             yield _item("warn", title, lines)
 
 

@@ -211,7 +211,7 @@ def _not_there_yet(look: RunLook, word: str, kind: str, log: str) -> str:
             + html.code(lines or "(none)", "log of the training")
         )
     return head + (
-        '<div class="waiting" aria-hidden="true"><i></i></div>'
+        '<div class="waiting" aria-hidden="true"></div>'
         '<p class="hint">Reading the data and loading the model. A model that is not on this '
         "machine is downloaded first.</p>"
     )

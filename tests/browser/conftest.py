@@ -25,20 +25,35 @@ class Server:
 
     def __init__(self, place: Path):
         self.runs_dir, self.exports_dir = place / "runs", place / "exports"
+        self.temporary = place / "temporary"
         self.url = ""
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, port: int = 0) -> "Server":
         words = ["--no-browser", "--port", str(port)]
         words += ["--runs-dir", str(self.runs_dir), "--exports-dir", str(self.exports_dir)]
+        self.temporary.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "app", *words], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "app", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(self.temporary)},
         )
         for line in self._process.stdout:
             if " is at http" in line:
                 self.url = line.split(" is at ")[1].split()[0]
                 return self
         raise RuntimeError("the app did not start")
+
+    def resident_bytes(self) -> int:
+        """Memory that the server's own process holds."""
+        shown = subprocess.run(
+            ["ps", "-o", "rss=", "-p", str(self._process.pid)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return 1024 * int(shown.stdout)
 
     def kill(self) -> None:
         """As a crash would end it."""
@@ -67,9 +82,9 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """One app for the tests of a file."""
+    """One app for all tests: its start and its first look at a model cost seconds."""
     running = Server(tmp_path_factory.mktemp("app")).start()
     yield running
     running.stop()

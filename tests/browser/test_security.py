@@ -133,6 +133,31 @@ def test_exports_are_downloaded_as_they_lie(server):
     assert (part.status_code, part.content) == (206, b"script")
 
 
+def test_large_exports_are_streamed_from_the_disk(server):
+    """Neither in memory nor in a temporary file is there ever a copy of one."""
+    size, end = 3_000_000_000, b"the end"
+    server.exports_dir.mkdir(exist_ok=True)
+    file = server.exports_dir / "huge.gguf"
+    with file.open("wb") as sparse:
+        sparse.seek(size - len(end))
+        sparse.write(end)
+    url = f"{server.url}/exports/huge.gguf"
+    before = server.resident_bytes()
+    part = httpx.get(url, headers={"range": f"bytes={size - len(end)}-"})
+    assert (part.status_code, part.content) == (206, end)
+    with httpx.stream("GET", url) as reply:
+        assert reply.headers["content-length"] == str(size)
+        read = 0
+        for piece in reply.iter_raw():
+            read += len(piece)
+            if read > 200_000_000:
+                break
+    file.unlink()
+    assert server.resident_bytes() - before < 50_000_000
+    kept = sum(path.stat().st_size for path in server.temporary.rglob("*") if path.is_file())
+    assert kept < 1_000_000
+
+
 def test_large_bodies_are_refused_before_they_are_read(server):
     reply = httpx.post(f"{server.url}/gradio_api/queue/join", content=b"[" + b" " * 5_000_000)
     assert reply.status_code == 413
