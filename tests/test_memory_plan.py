@@ -94,6 +94,14 @@ def test_advice_names_flags_and_fit_takes_them():
         fit(config, facts, None, Machine(10**8, cpu=False))
 
 
+def test_advice_does_not_offer_the_checkpoints_that_are_on_by_default():
+    config = TrainConfig(model="qwen3-14b-4bit")
+    facts = find_facts(config.model, ask_hub=False)
+    advice = plan_for(config, facts, None, Machine(6 * 10**9, cpu=False)).advice
+    assert not any("--grad-checkpoint" in sentence for sentence in advice)
+    assert "The weights alone take" in advice[-1]
+
+
 def test_only_the_longest_examples_count():
     config = TrainConfig(model="starter", batch_size=2)
     examples = Examples.of([Example(np.ones(n, np.int32), np.arange(n) > 0) for n in (9, 41, 20)])

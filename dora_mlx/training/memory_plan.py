@@ -263,20 +263,23 @@ def _advice(
         {"max_seq_length": max(8, now.width // 2)},
         {"batch_size": 1, "grad_accumulation_steps": rows_in_all, "grad_checkpoint": True},
     ]
+    offered: set[int] = set()
     for change in changes:
         other = _plan(replace(config, **change), facts, examples, machine)
-        if other.peak > 0.97 * now.peak:
+        # A large model has checkpoints anyway: then two changes are one.
+        if other.peak > 0.97 * now.peak or other.peak in offered:
             continue
+        offered.add(other.peak)
         flags = " ".join(
             flag_of(name) if value is True else f"{flag_of(name)} {value}"
             for name, value in change.items()
         )
         yield f"{flags} would need {gigabytes(other.peak)}."
-        if len(change) == 3 and other.verdict == "does not fit":
-            yield (
-                f"The weights alone take {gigabytes(now.parts['weights'])}: a smaller model, or "
-                "one of fewer bits, is the way."
-            )
+    if other.verdict == "does not fit":
+        yield (
+            f"The weights alone take {gigabytes(now.parts['weights'])}: a smaller model, or one "
+            "of fewer bits, is the way."
+        )
 
 
 def _examples(config: TrainConfig, facts: ModelFacts, thorough: bool) -> Examples | None:

@@ -10,8 +10,10 @@ def data_notices(data: PreparedData, config: TrainConfig, packing_refused: str |
     messages: list[str] = []
     for report in data.reports:
         if report.bad_rows:
+            rows = "bad row of" if report.bad_rows == 1 else "bad rows of"
+            are = "is" if report.bad_rows == 1 else "are"
             messages.append(
-                f"{report.bad_rows} bad rows of {report.source} are left out (--skip-bad-rows)"
+                f"{report.bad_rows} {rows} {report.source} {are} left out (--skip-bad-rows)"
             )
         if report.count("warning"):
             messages.append(
