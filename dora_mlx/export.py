@@ -316,6 +316,7 @@ def print_export(write: Callable[[Progress], "ExportReport"]) -> int:
         return FAILURE
     print(f"Wrote {report.output} ({report.size_bytes / 1e6:.1f} MB).")
     _print_figures(report)
+    print("\n".join(report.verdict))
     return 0
 
 
@@ -326,8 +327,6 @@ def _print_figures(report: "ExportReport") -> None:
     )
     print("\n".join(f"  {line}" for line in report.table()))
     print()
-    for sentence in report.verdict:
-        print(sentence)
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def test_rounding_that_undoes_the_training_is_said_and_what_keeps_it_does(run, t
     assert export.main([*flags, *lossy]) == 1
     said = capsys.readouterr()
     assert "has undone much of the training: only" in said.err
+    assert "has undone much" not in said.out
     assert "Nothing was kept (--strict)" in said.err
     assert not list(tmp_path.iterdir())
     advice = said.err.split("This keeps it: ")[1].split(". Nothing")[0].split()

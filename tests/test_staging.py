@@ -113,7 +113,7 @@ def test_an_existing_target_is_replaced_only_when_allowed(write, weights, base, 
     target = tmp_path / "model"
     write(weights, base, target)
     old = target.stat().st_ino
-    with pytest.raises(UserError, match=r"exists already. Choose another name, or allow"):
+    with pytest.raises(UserError, match=r"exists already. Choose another name, or add --overwrite"):
         write(weights, base, target)
 
     def interrupt(done, total):

@@ -109,7 +109,7 @@ def check_target(target: Path, overwrite: bool, folder: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise UserError(f"{target} exists already. Choose another name, or allow overwriting it.")
+        raise UserError(f"{target} exists already. Choose another name, or add --overwrite.")
     if folder != target.is_dir():
         kind = "file" if folder else "folder"
         raise UserError(f"{target} is a {kind} and will not be replaced. Choose another name.")
