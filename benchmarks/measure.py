@@ -89,13 +89,15 @@ def _blas() -> str:
     return "OpenBLAS" if platform.system() == "Linux" else "Accelerate"
 
 
-def table(title: str, rows: dict[str, Measurement], reference: str) -> str:
+def table(
+    title: str, rows: dict[str, Measurement], reference: str, peak: str = "extra peak"
+) -> str:
     """A Markdown table of ratios to the row ``reference``; times are the processor's on a CPU."""
     base = rows[reference]
     time_of = (lambda m: m.cpu_s) if on_cpu() else (lambda m: m.wall_s)
     lines = [
         f"\n{title}\n",
-        "| variant | time | ratio | extra peak | ratio |",
+        f"| variant | time | ratio | {peak} | ratio |",
         "|---|---|---|---|---|",
     ]
     for name, row in rows.items():

@@ -100,7 +100,7 @@ class Trainer:
                 return self._finish("completed")
             if should_stop():
                 return self._finish("stopped")
-            self._step()
+            self.step()
             step = self.progress.step
             if step % self.config.steps_per_eval == 0 or step == self.steps:
                 self._validate()
@@ -148,7 +148,7 @@ class Trainer:
         self.optimizer.state = self.workers.share_arrays(self.optimizer.state)
         self.progress = Progress(**self.workers.share(asdict(self.progress)))
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One optimizer step over ``grad_accumulation_steps`` batches of every worker."""
         step = self.progress.step + 1
         started = time.perf_counter()
