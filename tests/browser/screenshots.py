@@ -107,6 +107,8 @@ def _photograph(browser, url: str, theme: str, width: int) -> None:
         elif tab == "changes":
             page.locator("#changes-measure").click()
             expect(page.locator("#changes-result")).to_contain_text("down_proj")
+        elif tab == "export":
+            expect(page.locator("#export-size")).to_contain_text("free on this disk")
         elif tab == "data":
             expect(page.locator("#data-example")).to_contain_text("Arr")
         # Drawn and at rest: charts settle with the next tick.
