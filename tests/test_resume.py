@@ -63,6 +63,16 @@ def test_damaged_checkpoint_is_passed_over_with_a_word(chat_file, tmp_path):
     assert losses(parts) == losses(whole)
 
 
+def test_a_run_without_an_intact_checkpoint_keeps_its_adapter(chat_file, run):
+    finetune(quick(chat_file), run, should_stop=StopAfter(3))
+    best = (run.path / "adapters.safetensors").read_bytes()
+    for arrays in run.checkpoints_dir.glob("*/optimizer.safetensors"):
+        arrays.write_bytes(b"")
+    with pytest.raises(UserError, match="Every checkpoint of the run a is damaged"):
+        finetune(TrainConfig.from_file(run.config_file), run, resume=True)
+    assert (run.path / "adapters.safetensors").read_bytes() == best
+
+
 def test_changed_data_is_noticed_before_resuming(chat_file, run):
     finetune(quick(chat_file), run, should_stop=StopAfter(2))
     lines = chat_file.read_text().splitlines()

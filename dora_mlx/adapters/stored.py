@@ -90,7 +90,7 @@ def read_arrays(file: Path) -> dict[str, mx.array]:
         arrays = cast(dict[str, mx.array], mx.load(str(file)))
         mx.eval(arrays)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"Cannot read the adapter {file}: {error}.") from error
+        raise UserError(f"Cannot read the adapter {file}: {error}") from error
     return arrays
 
 

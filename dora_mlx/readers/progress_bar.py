@@ -96,8 +96,9 @@ class ProgressBar:
         minutes, seconds = divmod(round(self._bar.format_dict["elapsed"]), 60)
         parts = [f"step {event['step']} after {minutes}:{seconds:02d}", f"loss {self._loss:.3f}"]
         if self._validation:
-            first, last = self._validation[0], self._validation[-1]
-            parts.append(f"validation loss {first:.3f} -> {last:.3f}")
+            # A run that goes on may have validated only once, at its end.
+            ends = self._validation[:1] + self._validation[1:][-1:]
+            parts.append("validation loss " + " -> ".join(f"{loss:.3f}" for loss in ends))
         if self._seconds:
             parts.append(f"{self._tokens / self._seconds:.0f} trained tokens/s")
         parts.append(f"peak memory {self._last_step['peak_memory_bytes'] / 1e9:.2f} GB")

@@ -323,11 +323,19 @@ def _restore(trainer: Trainer, folder: RunFolder) -> list[str]:
     """Go to the newest intact checkpoint; returns what there is to say about it.
 
     Raises:
-        UserError: If the run is already past its last step.
+        UserError: If the run is already past its last step, or no checkpoint is intact.
     """
     found, damaged = load_newest_checkpoint(folder.checkpoints_dir)
     if found is not None:
         trainer.restore(found)
+    elif damaged:
+        # From the start, its first validation would replace the adapter that is still there.
+        raise UserError(
+            f"Every checkpoint of the run {folder.name} is damaged "
+            f"({', '.join(path.name for path in damaged)}), so it cannot go on. Its best adapter "
+            f"stays: begin a new run with it by --init-adapter {folder.path}, or replace the run "
+            "by --overwrite."
+        )
     # Without any it was interrupted before the first: from the start is the next step.
     if trainer.progress.step > trainer.steps:
         raise UserError(
