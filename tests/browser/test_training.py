@@ -13,6 +13,7 @@ def start(page, name, steps=400, **fields):
     """Start a run on the sample from the form."""
     page.get_by_role("tab", name="Data").click()
     page.locator("#data-sample").click()
+    expect(page.locator("#data-checks")).to_contain_text("usable examples")
     page.get_by_role("tab", name="Train").click()
     expect(page.locator("#train-start")).to_have_text("Start training")
     for field, value in {"name": name, "steps": str(steps), **fields}.items():
