@@ -51,8 +51,10 @@ def save_arrays(path: Path, arrays: "dict[str, mx.array]") -> None:
     # MLX reports a full disk as a RuntimeError that does not say so.
     if shutil.disk_usage(path.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    # By name, so that the same arrays give the same bytes whoever collected them.
+    ordered = dict(sorted(arrays.items()))
     try:
-        mx.save_safetensors(str(path), arrays, {"format": "mlx"})
+        mx.save_safetensors(str(path), ordered, {"format": "mlx"})
     except RuntimeError as error:
         raise OSError(errno.EIO, str(error), str(path)) from error
 
