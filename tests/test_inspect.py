@@ -228,7 +228,7 @@ def test_what_cannot_be_inspected_is_said(runs, tmp_path, capsys):
     assert "keeps no checkpoint of step 3; it keeps 2, 4, 6" in capsys.readouterr().err
     assert inspect_verb.main(["--run", "nothing", "--runs-dir", str(runs)]) == 2
     assert "There is no run 'nothing'" in capsys.readouterr().err
-    damaged = runs / "lora" / "checkpoints" / "step_00000004" / "arrays.safetensors"
+    damaged = runs / "lora" / "checkpoints" / "step_00000004" / "adapters.safetensors"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-1])
     with pytest.raises(UserError, match="is damaged"):

@@ -108,7 +108,10 @@ class Trackio:
 
     def close(self) -> None:
         """As ``Writer``."""
-        self._run.finish()
+        import trackio
+
+        # The run's own finish() would be called once more when the process ends.
+        trackio.finish()
 
 
 # By the name of the extra: the writer and the package it needs.

@@ -199,7 +199,8 @@ class Trainer:
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
                 mx.eval(loss, total)
                 # The screen of a Mac is drawn by the same GPU, and macOS ends what holds it.
-                time.sleep(self.config.pause_ms / 1000)
+                if self.config.pause_ms:
+                    time.sleep(self.config.pause_ms / 1000)
         loss_sum, tokens = self.workers.sum(cast(float, loss.item()), own_tokens)
         total = self.workers.sum_gradients(total)
         return loss_sum / tokens, tree_map(partial(mx.multiply, 1 / tokens), total), int(tokens)
