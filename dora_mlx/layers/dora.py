@@ -182,7 +182,7 @@ class DoRA(LowRankLayer):
 
 
 @contextmanager
-def hoisted_norms(model: nn.Module) -> Iterator[None]:
+def hoisted_norms(model: nn.Module, at_entry: bool = False) -> Iterator[None]:
     """Within the block, every DoRA layer of ``model`` computes its norm once, at its first call.
 
     The norm depends on A, B and W only, so an optimizer step needs it once however many
@@ -195,13 +195,19 @@ def hoisted_norms(model: nn.Module) -> Iterator[None]:
     Here, and only here, norms whose factored sum may cancel are computed at entry, directly where
     they do (``kernels/row_norm.py``).
 
+    Args:
+        model: The adapted model.
+        at_entry: Compute all norms at entry. That reads W once more, but with gradient
+            checkpointing on the CPU norms that wait for their layer keep dequantized weights of
+            many layers in memory.
+
     Raises:
         RuntimeError: At the end of the block, if A, B or W of a layer changed within it.
     """
     layers = [module for _, module in model.named_modules() if isinstance(module, DoRA)]
     before = [array for layer in layers for array in layer._state()]
     updates = [(layer._adapted_norm(), layer._update()) for layer in layers]
-    at_risk = [i for i, risk in enumerate(may_cancel(updates)) if risk]
+    at_risk = [i for i, risk in enumerate(may_cancel(updates)) if at_entry or risk]
     norms = dict(zip(at_risk, safe_norms([updates[i] for i in at_risk]), strict=True))
     has_values = evaluate(*before)
     for i, layer in enumerate(layers):

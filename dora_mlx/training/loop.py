@@ -219,7 +219,8 @@ class Trainer:
         """What surrounds the passes of a step."""
         recompute = checkpointed_blocks if self.config.grad_checkpoint else nullcontext
         # The norms depend on parameters that do not change before the update.
-        with hoisted_norms(self.model), lean_backward(), recompute(self.model):
+        at_entry = bool(self.config.grad_checkpoint)
+        with hoisted_norms(self.model, at_entry), lean_backward(), recompute(self.model):
             yield
 
     def _skip(self, step: int) -> int:
