@@ -15,6 +15,7 @@ from app.views import html
 from dora_mlx import UserError, find_run
 
 Turn = dict[str, str]
+Talk = dict[str, list[Turn]]
 
 _BEST = "best"
 
@@ -109,6 +110,8 @@ def _chatbot(elem_id: str, label: str) -> gr.Chatbot:
 
 def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: Any) -> None:
     held_out = gr.State([])
+    # Kept here: what a browser sends as a conversation could name files of this machine.
+    talk = gr.State({"adapted": [], "base": []})
 
     def choose(name: str | None) -> Any:
         """What there is of a run: its kept states, its base, and questions it did not learn."""
@@ -131,13 +134,13 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
 
     conversation = [ui["adapted"], ui["base"]]
     asking = [ui["run"], ui["state"], ui["with_base"], ui["system"], *ui["sampling"].values()]
-    outputs = [*conversation, ui["message"], ui["pace"]]
+    outputs = [talk, *conversation, ui["message"], ui["pace"]]
     answers = _Answers(context, list(ui["sampling"]))
     events = [
         connect(
             triggers,
             handler,
-            [*first, *conversation, *asking],
+            [*first, talk, *asking],
             outputs,
             notice=ui["problem"],
             concurrency_limit=1,
@@ -150,8 +153,12 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
         )
     ]
     ui["stop"].click(None, None, None, cancels=events, api_visibility="private")
-    connect(ui["clear"].click, lambda: ([], [], "", "", ""), [],
-            [*conversation, ui["message"], ui["expected"], ui["pace"]])  # fmt: skip
+    connect(
+        ui["clear"].click,
+        lambda: ({"adapted": [], "base": []}, [], [], "", "", ""),
+        [],
+        [talk, *conversation, ui["message"], ui["expected"], ui["pace"]],
+    )  # fmt: skip
     connect(ui["with_base"].change, lambda on: gr.update(visible=on), [ui["with_base"]],
             [ui["base_column"]])  # fmt: skip
     connect(ui["questions"].select, pick, [held_out], [ui["message"], ui["expected"]])
@@ -168,27 +175,25 @@ class _Answers:
         self._context = context
         self._names = sampling_names
 
-    def to_message(self, text: str, adapted: Any, base: Any, *asking: Any) -> Iterator[Any]:
+    def to_message(self, text: str, talk: Talk, *asking: Any) -> Iterator[Any]:
         """Answer a new message."""
         if not (text or "").strip():
             raise UserError("Write a message first.")
         new = {"role": "user", "content": text}
-        yield from self._answer([*_turns(adapted), new], [*_turns(base), new], *asking)
+        yield from self._answer([*talk["adapted"], new], [*talk["base"], new], *asking)
 
-    def again(self, adapted: Any, base: Any, *asking: Any) -> Iterator[Any]:
+    def again(self, talk: Talk, *asking: Any) -> Iterator[Any]:
         """Answer the last message again."""
-        question = _up_to_question(_turns(adapted))
+        question = _up_to_question(talk["adapted"])
         if not question:
             raise UserError("There is no message to answer again yet.")
-        yield from self._answer(question, _up_to_question(_turns(base)), *asking)
+        yield from self._answer(question, _up_to_question(talk["base"]), *asking)
 
-    def to_edited(
-        self, edited: gr.EditData, adapted: Any, base: Any, *asking: Any
-    ) -> Iterator[Any]:
+    def to_edited(self, edited: gr.EditData, talk: Talk, *asking: Any) -> Iterator[Any]:
         """Answer an earlier message in its new wording; what came after it goes."""
         place = edited.index if isinstance(edited.index, int) else edited.index[0]
         new = {"role": "user", "content": view.text_of(edited.value)}
-        before, before_base = (_turns(column)[:place] for column in (adapted, base))
+        before, before_base = talk["adapted"][:place], talk["base"][:place]
         yield from self._answer([*before, new], [*before_base, new], *asking)
 
     def _answer(
@@ -210,25 +215,29 @@ class _Answers:
         questions = {"adapted": adapted, "base": base if with_base else []}
         opening = [{"role": "system", "content": system}] if (system or "").strip() else []
         asked = {who: [*opening, *turns] for who, turns in questions.items() if turns}
-        yield questions["adapted"], questions["base"], "", view.pace(0, 0, self._is_training)
+        yield (
+            questions,
+            questions["adapted"],
+            questions["base"],
+            "",
+            view.pace(0, 0, self._is_training),
+        )
         answers: dict[str, list[Turn]] = {who: [] for who in questions}
         stream = self._context.chat.stream(work.answer, folder, checkpoint, asked, settings)
         for who, text, tokens, seconds in stream:
             answers[who] = [{"role": "assistant", "content": text}]
             columns = [[*turns, *answers[name]] for name, turns in questions.items()]
-            yield *columns, gr.skip(), view.pace(tokens, seconds, self._is_training)
+            yield (
+                dict(zip(questions, columns, strict=True)),
+                *columns,
+                gr.skip(),
+                view.pace(tokens, seconds, self._is_training),
+            )
 
     @property
     def _is_training(self) -> bool:
         activity = self._context.trainings.status()
         return activity is not None and activity.alive
-
-
-def _turns(history: Any) -> list[Turn]:
-    """A conversation as the model takes it, from what the browser sends."""
-    return [
-        {"role": turn["role"], "content": view.text_of(turn["content"])} for turn in history or []
-    ]
 
 
 def _up_to_question(turns: list[Turn]) -> list[Turn]:

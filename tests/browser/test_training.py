@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 
 from playwright.sync_api import expect
@@ -98,31 +97,3 @@ def test_server_dies_and_the_training_is_found_again(server, open_page):
     expect(page.locator("#run-status .pill")).to_have_text("Training")
     stop(page)
     assert len(events(server, "second")) > before
-
-
-def test_runs_are_compared_renamed_and_deleted_when_asked_twice(server, page):
-    # A run is a folder; a copy is another one.
-    shutil.copytree(server.runs_dir / "second", server.runs_dir / "copied")
-    page.get_by_role("tab", name="Train").click()
-    page.locator("[data-compare=second]").click()
-    page.locator("[data-compare=copied]").click()
-    expect(page.locator("#runs-comparison #compared-loss path.line")).to_have_count(2)
-    page.locator("[data-open=copied]").click()
-    expect(page.locator("#run-status .run-name")).to_have_text("copied")
-    page.get_by_role("button", name="Command and configuration").click()
-    expect(page.locator("#run-command")).to_contain_text("--run copied")
-
-    page.get_by_role("button", name="Rename, delete").click()
-    page.locator("#run-new-name :is(input, textarea)").fill("../evil")
-    page.locator("#run-rename").click()
-    expect(page.locator("#run-manage-problem")).to_contain_text("cannot be a run's name")
-    page.locator("#run-new-name :is(input, textarea)").fill("old")
-    page.locator("#run-rename").click()
-    expect(page.locator("#run-status .run-name")).to_have_text("old")
-    page.locator("#run-delete").click()
-    page.locator("#run-keep").click()
-    assert (server.runs_dir / "old").is_dir()
-    page.locator("#run-delete").click()
-    page.locator("#run-delete-really").click()
-    expect(page.locator("[data-open=old]")).to_have_count(0)
-    assert not (server.runs_dir / "old").exists()
