@@ -24,7 +24,8 @@ def test_broken_sample_is_named_line_by_line_as_its_readme_says(capsys):
     output = capsys.readouterr().out
     table = (samples_dir() / "README.md").read_text()
     bad = {int(n) for n, what in re.findall(r"^\| (\d+) \| (.*) \|$", table, re.M)} - {1}
-    named = {int(n) for n in re.findall(r"^  line (\d+)", output, re.M)}
+    spans = re.findall(r"^  lines? (\d+)(?: to (\d+))?", output, re.M)
+    named = {n for first, last in spans for n in range(int(first), int(last or first) + 1)}
     assert named == bad
     assert "19 bad" in output
 
