@@ -71,7 +71,9 @@ class Server:
             self.kill()
 
 
-@pytest.fixture(scope="session")
+# Playwright keeps an event loop running in this thread, in which no other test could run its own:
+# it ends with this package, not with the session.
+@pytest.fixture(scope="package")
 def browser():
     if CHROMIUM is None:
         pytest.skip("needs Chromium: install it, or name one in the variable CHROMIUM")
@@ -82,7 +84,7 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory):
     """One app for all tests: its start and its first look at a model cost seconds."""
     running = Server(tmp_path_factory.mktemp("app")).start()
