@@ -62,13 +62,15 @@ class Exports:
         return self.exports_dir / default_export_path(run, chosen, chosen.quant(quant)).name
 
     def names(self) -> list[str]:
-        """What there is in the folder of exports, the newest first."""
+        """What there is in the folder of exports, the newest first; no link leads out of it."""
         if not self.exports_dir.is_dir():
             return []
         found = [
             place
             for place in self.exports_dir.iterdir()
-            if place.name[0] != "." and (place.is_dir() or place.suffix == ".gguf")
+            if place.name[0] != "."
+            and not place.is_symlink()
+            and (place.is_dir() or place.suffix == ".gguf")
         ]
         return [place.name for place in sorted(found, key=lambda place: -place.stat().st_mtime)]
 

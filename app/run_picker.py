@@ -24,7 +24,7 @@ def no_run(elem_id: str, what_for: str) -> gr.HTML:
 
 
 def keep_runs(context: Context, page: Page, run: Any, nothing: Any, body: Any) -> None:
-    """Keep the list current, beginning with the run that the page looks at.
+    """Keep the list current, on the run that the page looks at until another is picked here.
 
     Args:
         context: The server's.
@@ -37,11 +37,13 @@ def keep_runs(context: Context, page: Page, run: Any, nothing: Any, body: Any) -
 
     def refresh(before: Any, chosen: str | None, looked_at: str | None) -> Any:
         runs = [summary for summary in list_runs(context.runs_dir) if summary.has_adapter]
-        now = (looked_at, *((summary.name, summary.step) for summary in runs))
+        names = [summary.name for summary in runs]
+        # A new run is looked at before it has an adapter, and is wanted here once it has one.
+        followed = looked_at if looked_at in names else None
+        now = (followed, *((summary.name, summary.step) for summary in runs))
         if now == before:
             return [gr.skip()] * 4
-        names = [summary.name for summary in runs]
-        wanted = looked_at if not before or before[0] != looked_at else chosen
+        wanted = followed if not before or before[0] != followed else chosen
         value = next((name for name in (wanted, chosen, *names) if name in names), None)
         choices = [(_label(summary), summary.name) for summary in runs]
         return [

@@ -210,6 +210,17 @@ def test_export_is_one_job_at_a_time_with_a_report(run, tmp_path):
         exports.start(run, "safetensors", "bf16", overwrite=False)
 
 
+def test_list_of_exports_follows_no_link(tmp_path):
+    exports = Exports(tmp_path / "exports", Worker("export"))
+    (exports.exports_dir / "model").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("x")
+    (exports.exports_dir / "linked").symlink_to(tmp_path)
+    (exports.exports_dir / "link.gguf").symlink_to(tmp_path / "secret.txt")
+    (exports.exports_dir / "model" / "link.txt").symlink_to(tmp_path / "secret.txt")
+    assert exports.names() == ["model"]
+    assert "link" not in export.downloads(exports.exports_dir, "model")
+
+
 def test_stopped_export_leaves_nothing(run, tmp_path):
     exports = Exports(tmp_path, Worker("export"))
     exports.start(run, "safetensors", "bf16", overwrite=False)

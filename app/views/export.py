@@ -80,8 +80,9 @@ def _row(found: Any, name: str, label: str) -> str:
 def downloads(exports_dir: Path, name: str) -> str:
     """Links to the files of an export."""
     place = exports_dir / name
-    files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.is_file())
-    items = "".join(_link(file, exports_dir) for file in files if file.name[0] != ".")
+    files = [place] if place.is_file() else sorted(place.iterdir())
+    shown = (f for f in files if f.is_file() and not f.is_symlink() and f.name[0] != ".")
+    items = "".join(_link(file, exports_dir) for file in shown)
     return f'<ul class="files">{items}</ul>'
 
 

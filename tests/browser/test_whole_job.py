@@ -74,6 +74,8 @@ def train_reload_stop_and_resume(page):
 
 def chat_with_both(page):
     page.get_by_role("tab", name="Chat").click()
+    # The run that was just trained, whatever others there are.
+    expect(page.locator("#chat-run input")).to_have_value(re.compile("pirate"))
     page.locator("#chat-message textarea").fill(QUESTION)
     page.locator("#chat-send").click()
     for column in ("#chat-adapted", "#chat-base"):
@@ -91,7 +93,8 @@ def export_and_download(page, server):
     page.get_by_role("tab", name="Export").click()
     page.locator("#export-format").get_by_text("gguf", exact=True).click()
     page.locator("#export-start").click()
-    link = page.locator("#export-files a[download], #export-files a[href*='/exports/']").first
+    # By its name: other tests leave exports too.
+    link = page.locator("#export-files").get_by_role("link", name=re.compile(r"^pirate.*\.gguf$"))
     expect(link).to_be_visible()
     with page.expect_download() as download:
         link.click()
