@@ -203,8 +203,8 @@ def _reference(folder: RunFolder, trained: "TrainedModel") -> "Reference":
     from dora_mlx.exporting.prompts import prompts_of_run
     from dora_mlx.loading import load_base
 
-    vocabulary = trained.base.config["vocab_size"]
-    prompts = prompts_of_run(folder.read_config(), trained.base.tokenizer, vocabulary)
+    tokenizer, vocabulary = trained.base.tokenizer, trained.base.vocabulary
+    prompts = prompts_of_run(folder.read_config(), tokenizer, vocabulary)
     # Full fine-tuning has no adapter that could be disabled.
     base = load_base(trained.base.path).model if trained.spec.method == "full" else None
     return measure(trained.base.model, prompts, base)

@@ -40,6 +40,16 @@ class LoadedModel:
     config: Config
     path: Path
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits of a position: configurations nest it or leave it to a default."""
+        import mlx.core as mx
+
+        logits = self.model(mx.array([[0]]))
+        # Adapted layers keep what they computed, which another thread could not compute for them.
+        mx.eval(logits)
+        return int(logits.shape[-1])
+
 
 def load_base(path: Path, *, lazy: bool = False) -> LoadedModel:
     """Load the model in a folder and make sure that all of it arrived.

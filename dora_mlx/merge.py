@@ -138,8 +138,7 @@ def _write(
     job.prepare()
     progress("checking", 0, 0)
     if runs:
-        vocabulary = base.config["vocab_size"]
-        prompts = prompts_of_run(runs[0].read_config(), base.tokenizer, vocabulary)
+        prompts = prompts_of_run(runs[0].read_config(), base.tokenizer, base.vocabulary)
     else:
         prompts = fallback_prompts(base.tokenizer, "the adapters come without their data")
     layers = [adapters.layers(one) for one in adapters.names]

@@ -6,7 +6,9 @@ be asked for: no other model is loaded or downloaded, and no path is opened.
 
 import argparse
 import json
+import threading
 from http.server import ThreadingHTTPServer
+from io import BytesIO
 from typing import Any
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
@@ -51,7 +53,7 @@ class AdapterServer:
         fingerprint = get_system_fingerprint()
 
         def handler(*args: Any) -> _Handler:
-            return _Handler(self._generator, *args, system_fingerprint=fingerprint)
+            return _Handler(self._living_generator(), *args, system_fingerprint=fingerprint)
 
         try:
             self._http = ThreadingHTTPServer((host, port), handler)
@@ -60,7 +62,8 @@ class AdapterServer:
                 f"Cannot listen on {host}, port {port}: {error.strerror}. Choose another --port."
             ) from error
         # It starts a thread, so it comes when nothing can fail any more.
-        self._generator = ResponseGenerator(self._provider, LRUPromptCache(_KEPT_PROMPTS))
+        self._generator = self._new_generator()
+        self._replacing = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -85,6 +88,16 @@ class AdapterServer:
         """Make ``run`` return; for other threads."""
         self._http.shutdown()
 
+    def _new_generator(self) -> ResponseGenerator:
+        return ResponseGenerator(self._provider, LRUPromptCache(_KEPT_PROMPTS))
+
+    def _living_generator(self) -> ResponseGenerator:
+        """The thread that answers; a new one where a request was too much for the last."""
+        with self._replacing:
+            if not self._generator.is_healthy:
+                self._generator = self._new_generator()
+            return self._generator
+
 
 class _Provider(ModelProvider):
     """Answers requests for a model by putting the adapter of that name into the loaded one."""
@@ -97,6 +110,7 @@ class _Provider(ModelProvider):
     def __init__(self, adapters: SwappableModel, base_name: str, settings: argparse.Namespace):
         super().__init__(settings)
         self._adapters = adapters
+        self.vocabulary = adapters.base.vocabulary
         first = adapters.active
         others = [name for name in adapters.names if name != first]
         self.names = [*([first] if first else []), *others, base_name]
@@ -121,15 +135,59 @@ class _Provider(ModelProvider):
 
 
 class _Handler(APIHandler):
+    def do_POST(self) -> None:
+        """As mlx-lm does, for a JSON object: it would write anything else into the log."""
+        connection = self.rfile
+        try:
+            body = connection.read(_length(self.headers.get("Content-Length")))
+            if not isinstance(json.loads(body.decode()), dict):
+                raise ValueError("it is another kind of value")
+        except (ValueError, RecursionError) as error:
+            what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            self._refuse(f"The body of the request is not a JSON object: {what}.")
+            return
+        self.rfile = BytesIO(body)
+        try:
+            super().do_POST()
+        finally:
+            self.rfile = connection
+
+    def validate_model_parameters(self) -> None:
+        """As mlx-lm does, and what else would end the thread that answers, or the program."""
+        provider: Any = self.response_generator.model_provider
+        tokens = range(provider.vocabulary)
+        if not _is_bias(self.logit_bias, tokens):
+            raise ValueError(f"'logit_bias' has to give tokens below {len(tokens):,} numbers.")
+        super().validate_model_parameters()
+        if not _are_texts(self.body.get("stop")):
+            raise ValueError("'stop' has to be a text or a list of texts.")
+        if self.seed is not None and not 0 <= self.seed < 1 << 64:
+            raise ValueError("'seed' has to be at least 0 and below 2 ** 64.")
+        if not isinstance(self.stream_options or {}, dict):
+            raise ValueError("'stream_options' has to be an object.")
+        if self.xtc_threshold > 0.5:
+            raise ValueError("'xtc_threshold' has to be at most 0.5.")
+        # As many as there are, or more, are all of them.
+        self.top_k = 0 if self.top_k >= len(tokens) else self.top_k
+
     def handle_chat_completions(self) -> Any:
         """As mlx-lm does, but for text alone: it would fetch images from the addresses given."""
-        parts = [m.get("content") for m in self.body.get("messages", [])]
-        kinds = {
-            part.get("type") for content in parts if isinstance(content, list) for part in content
-        }
-        if kinds - {"text"}:
-            raise ValueError("Only text can be answered here.")
+        messages = self.body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("'messages' has to be a list of at least one message.")
+        for number, message in enumerate(messages, start=1):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise ValueError(f"Message {number} has to be an object with a role and content.")
+            if not _is_text(message.get("content")):
+                raise ValueError(f"Only text can be answered here; see message {number}.")
         return super().handle_chat_completions()
+
+    def handle_text_completions(self) -> Any:
+        """As mlx-lm does, for one text."""
+        prompt = self.body.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError("'prompt' has to be a text that is not empty.")
+        return super().handle_text_completions()
 
     def handle_models_request(self) -> None:
         """List what can be asked for, and not what else lies on this machine."""
@@ -137,11 +195,49 @@ class _Handler(APIHandler):
         models = [
             {"id": name, "object": "model", "created": self.created} for name in provider.names
         ]
-        content = json.dumps({"object": "list", "data": models}).encode()
-        self._set_completion_headers(200)
+        self._send(200, {"object": "list", "data": models})
+
+    def _refuse(self, message: str) -> None:
+        self._send(400, {"error": message})
+
+    def _send(self, status: int, answer: dict[str, Any]) -> None:
+        content = json.dumps(answer).encode()
+        self._set_completion_headers(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+
+def _length(header: str | None) -> int:
+    """Bytes of a request's body."""
+    if header is None or not header.isdecimal():
+        raise ValueError("its Content-Length is missing or no number")
+    return int(header)
+
+
+def _is_bias(bias: Any, tokens: range) -> bool:
+    """Whether it gives some of the tokens a number each, or is nothing."""
+    return bias is None or (
+        isinstance(bias, dict)
+        and all(token.isdecimal() and int(token) in tokens for token in bias)
+        and all(isinstance(number, int | float) for number in bias.values())
+    )
+
+
+def _are_texts(stop: Any) -> bool:
+    """Whether it is a text, a list of texts, or nothing."""
+    texts = stop if isinstance(stop, list) else [stop or ""]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _is_text(content: Any) -> bool:
+    """Whether the content of a message is text, in parts or whole; a tool's call has none."""
+    if isinstance(content, list):
+        return all(
+            isinstance(part, dict) and part.get("type") == "text" and "text" in part
+            for part in content
+        )
+    return content is None or isinstance(content, str)
 
 
 def _settings(sampling: Sampling, origins: list[str]) -> argparse.Namespace:

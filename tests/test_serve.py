@@ -1,11 +1,13 @@
 """The server as a program on the same machine uses it."""
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,7 +18,9 @@ from adapter_models import attach_moved, write_base
 import dora_mlx
 from dora_mlx import ChatModel, Sampling, serve
 from dora_mlx.adapters.adapter_folder import save_adapter
+from dora_mlx.adapters.swapping import SwappableModel
 from dora_mlx.loading import load_base
+from dora_mlx.server import AdapterServer
 
 MESSAGES = [{"role": "user", "content": "Hello!"}]
 PACKAGE = Path(dora_mlx.__file__).parents[1]
@@ -37,13 +41,15 @@ def folders(tmp_path_factory):
 def server(folders):
     base, *adapters = folders
     words = ["--model", base, "--adapter", *adapters, "--port", "0", "--max-tokens", "8"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dora_mlx.serve", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
-    )
+    log = base.parent / "server.log"
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dora_mlx.serve", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        )
     line = process.stdout.readline()
     assert "http://127.0.0.1:" in line
     yield line.split()[-1], process
@@ -51,6 +57,9 @@ def server(folders):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     assert "Stopped." in process.stdout.read()
+    # One line for every request, and nothing of what it said.
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if not line.startswith("127.0.0.1 - - [")] == []
 
 
 def ask(url, **body):
@@ -116,6 +125,18 @@ def test_list_of_models_is_what_can_be_asked_for(server, folders):
             "Only text",
         ),
         ({"temperature": -1}, "temperature must be at least 0"),
+        # Each of these would end mlx-lm's answering thread for good, or the process.
+        ({"stop": 5}, "'stop' has to be a text"),
+        ({"stop": [5]}, "'stop' has to be a text"),
+        ({"logit_bias": {"99999999": 1}}, "'logit_bias' has to give tokens below"),
+        ({"logit_bias": {"1": None}}, "'logit_bias' has to give"),
+        ({"seed": -1}, "'seed' has to be at least 0"),
+        ({"xtc_probability": 0.1, "xtc_threshold": 0.9}, "'xtc_threshold' has to be"),
+        ({"stream_options": 5, "stream": True}, "'stream_options' has to be"),
+        ({"messages": "Hello!"}, "'messages' has to be a list"),
+        ({"messages": []}, "'messages' has to be a list"),
+        ({"messages": ["Hello!"]}, "Message 1 has to be an object"),
+        ({"messages": [{"role": "user", "content": 5}]}, "Only text"),
     ],
 )
 def test_what_is_not_served_is_refused(server, body, message):
@@ -124,6 +145,41 @@ def test_what_is_not_served_is_refused(server, body, message):
         ask(url, **body)
     assert message in json.load(error.value)["error"]
     assert process.poll() is None
+
+
+def test_an_empty_prompt_is_refused_and_top_k_may_be_too_large(server):
+    url, _ = server
+    assert text_of(ask(url, model="one", top_k=10**9, temperature=1.0))
+    request = urllib.request.Request(f"{url}/completions", b'{"prompt": ""}')
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=60)
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b"null", b"5"])
+def test_a_body_that_is_no_object_is_refused_and_not_logged(server, body):
+    url, process = server
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", body), timeout=60)
+    assert error.value.code == 400
+    assert "not a JSON object" in json.load(error.value)["error"]
+    assert process.poll() is None
+
+
+def test_a_request_that_is_too_much_is_not_the_last_one(folders, monkeypatch):
+    server = AdapterServer(
+        SwappableModel.load(str(folders[0])), "base", "127.0.0.1", 0, Sampling(max_tokens=2), []
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("mlx_lm.server._make_sampler", lambda *_: 1 / 0)
+            with pytest.raises(http.client.RemoteDisconnected):
+                ask(server.url)
+        assert text_of(ask(server.url))
+    finally:
+        server.stop()
+        thread.join()
 
 
 def test_web_pages_may_not_read_answers(server):
