@@ -98,6 +98,16 @@ class _Call:
     backward: Callable[[Arrays, Arrays, Arrays], Arrays]
 
 
+@dataclass
+class _OtherCalls(Exception):
+    """A function was run again, and its calls were not those of the time before.
+
+    So it is with a layer that computes its norm once in a step: the next time it has fewer.
+    """
+
+    found: list[_Call]
+
+
 @dataclass(frozen=True)
 class _Placeholder:
     """An array that says by its values which other array it stands for."""
@@ -143,20 +153,28 @@ class _Tracer:
             results = function(*arguments)
         if calls is not None:
             calls.append(_Call(arguments, results, backward))
-        return results if replies is None else next(replies)
+        reply = None if replies is None else next(replies, None)
+        return results if reply is None or _shapes(reply) != _shapes(results) else reply
 
     def _vjp(self, function: Any, primals: Any, cotangents: Any) -> tuple[Arrays, Arrays]:
         """``mx.vjp``."""
         with self._recording(None, None):
             calls, _ = self._recorded(function, primals, None)
-            if not calls:
-                return self._plain_vjp(function, primals, cotangents)
-            return self._vjp_around(function, list(primals), list(cotangents), calls)
+            while calls:
+                try:
+                    return self._vjp_around(function, list(primals), list(cotangents), calls)
+                except _OtherCalls as error:
+                    calls = error.found
+            return self._plain_vjp(function, primals, cotangents)
 
     def _vjp_around(
         self, function: Any, primals: Arrays, cotangents: Arrays, calls: list[_Call]
     ) -> tuple[Arrays, Arrays]:
-        """The gradients of ``function``, in which ``calls`` were found."""
+        """The gradients of ``function``, in which ``calls`` were found.
+
+        Raises:
+            _OtherCalls: If it has other calls now.
+        """
         replies = [[self._placeholder(array) for array in call.results] for call in calls]
         wanted = [[self._placeholder(a) for a in _floats(call.arguments)] for call in calls]
 
@@ -164,6 +182,8 @@ class _Tracer:
             given = iter(arrays[len(primals) :])
             stand_ins = [[next(given).squeeze(0) for _ in reply] for reply in replies]
             found, outputs = self._recorded(function, arrays[: len(primals)], iter(stand_ins))
+            if [_shapes(call.results) for call in found] != [_shapes(c.results) for c in calls]:
+                raise _OtherCalls(found)
             calls[:] = found
             # An axis more, because a result that is an argument itself gets no gradient.
             return [*outputs, *(a[None] for call in found for a in _floats(call.arguments))]
@@ -353,6 +373,10 @@ def _flattened(tree: Any) -> tuple[Arrays, Callable[[Arrays], Any]]:
         return tree_map(lambda v: next(left) if isinstance(v, mx.array) else v, tree)
 
     return leaves, rebuild
+
+
+def _shapes(arrays: Arrays) -> list[tuple[int, ...]]:
+    return [array.shape for array in arrays]
 
 
 def _is_float(array: mx.array) -> bool:
