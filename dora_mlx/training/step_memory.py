@@ -26,11 +26,12 @@ from dora_mlx.kernels.row_norm import AdaptedNorm, ColumnNorm
 from dora_mlx.layers.dora import DoRA, hoisted_norms
 from dora_mlx.skeleton import ModelFacts, build_skeleton
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
-from dora_mlx.training.graph import Graph, nothing_evaluated, standing_in, trace
+from dora_mlx.training.graph import Graph, nothing_evaluated, trace
 from dora_mlx.training.graph_memory import peak_of
 from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import ChunkedLoss, loss_chunk, plain_loss_sum, why_not_chunked
 from dora_mlx.training.optimizer import GroupedOptimizer
+from dora_mlx.training.tracer import standing_in
 
 Sizes = Counter[str]
 
