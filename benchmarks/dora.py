@@ -5,9 +5,9 @@
 Four variants on the same frozen weights: our DoRA and LoRA, and mlx-lm's. On the CPU mlx-lm's
 LoRA gets our product with the frozen weight too, since MLX's quantized CPU product is some 20
 times slower and would hide everything else; its DoRA dequantizes by itself. Our DoRA computes its
-norms in every step. In whole steps every variant has the chunked loss, and one more is our DoRA as
-it is trained here, with attention and activations recomputed in the backward. Ratios are to
-mlx-lm's LoRA.
+norms in every step. In whole steps every variant has the chunked loss. Two more are mlx-lm's LoRA
+with its own loss, through the logits of all positions, and our DoRA as it is trained here, with
+attention and activations recomputed in the backward. Ratios are to mlx-lm's LoRA.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dora_mlx.kernels.frozen_product import use_blocked_products
 from dora_mlx.layers import hoisted_norms
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.lean_backward import lean_backward
-from dora_mlx.training.loss import ChunkedLoss
+from dora_mlx.training.loss import ChunkedLoss, plain_loss_sum
 
 RANK, ALPHA, TOKENS = 8, 16.0, 512
 # Tokens and ranks where the norm, whose cost does not fall with the tokens, shows most.
@@ -43,6 +43,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 64, 16
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
 REFERENCE = "mlx-lm LoRA"
 VARIANTS = (REFERENCE, "mlx-lm DoRA", "our LoRA", "our DoRA")
+OWN_LOSS = "mlx-lm LoRA, own loss"
 AS_TRAINED = "our DoRA as trained"
 # 8 blocks, 768 wide, vocabulary 32,000: 105 million parameters.
 LLAMA = {
@@ -175,17 +176,15 @@ def _layer_job(model: nn.Module, x: mx.array, d: mx.array) -> Callable[[], objec
 
 
 def steps(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
-    """A whole training step: chunked loss for every variant, gradients, Adam."""
+    """A whole training step: loss, gradients, Adam."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, LLAMA["vocab_size"], (4, 513)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((4, 512), np.float32))
     for bits in (4, None):
         for checkpointing in (False, True):
             jobs = {
-                variant: _step_job(
-                    _llama(bits, variant), batch, checkpointing, lean=variant == AS_TRAINED
-                )
-                for variant in (*VARIANTS, AS_TRAINED)
+                variant: _step_job(variant, bits, batch, checkpointing)
+                for variant in (*VARIANTS, OWN_LOSS, AS_TRAINED)
             }
             kind = f"{bits}-bit" if bits else "dense"
             how = "with" if checkpointing else "without"
@@ -204,20 +203,22 @@ def _llama(bits: int | None, variant: str) -> nn.Module:
 
 
 def _step_job(
-    model: nn.Module, batch: Batch, checkpointing: bool, lean: bool
+    variant: str, bits: int | None, batch: Batch, checkpointing: bool
 ) -> Callable[[], object]:
+    model = _llama(bits, variant)
     optimizer = optim.Adam(1e-4)
     optimizer.init(model.trainable_parameters())
-    function = nn.value_and_grad(model, ChunkedLoss())
+    loss = plain_loss_sum if variant == OWN_LOSS else ChunkedLoss()
+    function = nn.value_and_grad(model, loss)
 
     def job() -> object:
         with ExitStack() as stack:
-            stack.enter_context(hoisted_norms(model))
-            stack.enter_context(lean_backward() if lean else nullcontext())
+            stack.enter_context(hoisted_norms(model, at_entry=checkpointing))
+            stack.enter_context(lean_backward() if variant == AS_TRAINED else nullcontext())
             stack.enter_context(checkpointed_blocks(model) if checkpointing else nullcontext())
-            loss, gradients = function(model, batch)
+            value, gradients = function(model, batch)
         optimizer.update(model, gradients)
-        return loss, model.trainable_parameters(), optimizer.state
+        return value, model.trainable_parameters(), optimizer.state
 
     return job
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 
@@ -277,6 +277,59 @@ WAYS = {
 def test_every_way_of_training_uses_the_norm_of_the_step(way, bits):
     # A norm kept from the first step, as a constant of a compiled one, changes the second loss.
     np.testing.assert_allclose(run_steps(WAYS[way](), bits), run_steps(plain_step, bits), rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_function_compiled_after_other_calls_of_a_block_gives_no_stale_norm(checkpoint):
+    # Its trace finds the norms of the block, which would stay in it as constants.
+    model, x = Net(), mx.random.normal((10, 32))
+
+    def loss(parameters, x):
+        model.update(parameters)
+        return loss_of(model, x)
+
+    gradient = mx.value_and_grad(mx.checkpoint(loss) if checkpoint else loss)
+    compiled = mx.compile(gradient)
+
+    def loss_by(function, copied):
+        parameters = model.trainable_parameters()
+        given = tree_map(lambda a: a + 0, parameters) if copied else parameters
+        mx.eval(given)
+        with hoisted_norms(model):
+            mx.eval(model(x))
+            loss, _ = function(given, x)
+            model.update(parameters)
+            return loss.item()
+
+    assert loss_by(compiled, True) == pytest.approx(loss_by(gradient, True), rel=1e-5)
+    for layer in model.layers:
+        moved(layer, by=0.03)
+    assert np.isfinite(loss_by(gradient, True))
+    assert np.isnan(loss_by(compiled, True))
+    # With the very arrays of the block MLX sees it.
+    parameters = model.trainable_parameters()
+    with pytest.raises(ValueError, match="uncaptured"):
+        loss_by(mx.compile(lambda *given: gradient(*given)), False)
+    model.update(parameters)
+
+
+@pytest.mark.parametrize("change", ["lora_b", "base"])
+def test_a_function_compiled_over_everything_has_the_norms_of_every_block(change):
+    layer = moved(DoRALinear.from_base(nn.Linear(32, 24), rank=3))
+    x = mx.random.normal((5, 32))
+    by_state = mx.compile(lambda x: layer(x), inputs=layer.state)
+
+    def both():
+        with hoisted_norms(layer):
+            expected = layer(x)
+            return expected, by_state(x)
+
+    for _ in range(2):
+        expected, found = both()
+        assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        if change == "base":
+            layer.base.weight = layer.base.weight + mx.random.normal((24, 32))
+        moved(layer)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -123,7 +123,9 @@ class DoRA(LowRankLayer):
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float):
         super().__init__(base, rank, alpha, dropout)
         self._norm_of_base = self.norm_type(base)
+        # Here and not in the block, so that they are in ``model.state``.
         self._hoisted_norm: mx.array | None = None
+        self._hoisted_from: tuple[mx.array, ...] = ()
         self._block: _Block | None = None
         self.magnitude = self._norm_of_base.without_update()
 
@@ -133,7 +135,10 @@ class DoRA(LowRankLayer):
         return self._keep(self._adapted_norm().of(self._update())) if known is None else known
 
     def _known_norm(self) -> mx.array | None:
-        """The norm that the block of ``hoisted_norms`` has for this layer, if there is one."""
+        """The norm that the block of ``hoisted_norms`` has for this layer, if there is one.
+
+        NaN where A, B or W turn out not to be those that it was computed from.
+        """
         if self._block is None:
             return None
         if self._block.usable is None:
@@ -145,7 +150,22 @@ class DoRA(LowRankLayer):
                 or not self._block.has_values
                 or (self._hoisted_norm is not None and not evaluate(self._hoisted_norm))
             )
-        return self._hoisted_norm if self._block.usable else None
+        if not self._block.usable or self._hoisted_norm is None:
+            return None
+        same = self._is_as_at_entry()
+        return self._hoisted_norm if same is None else mx.where(same, self._hoisted_norm, mx.nan)
+
+    def _is_as_at_entry(self) -> mx.array | None:
+        """Whether A, B and W have the values that they had at entry; ``None`` is a plain yes."""
+        # Other objects can be those of a gradient, of the backward of mx.checkpoint, or arguments
+        # of a compiled function. To look here would run what they hang on, so the graph looks.
+        pairs = zip(self._state(), self._hoisted_from, strict=False)
+        same = [
+            mx.array_equal(mx.stop_gradient(now), then, equal_nan=True)
+            for now, then in pairs
+            if now is not then
+        ]
+        return mx.stack(same).all() if same else None
 
     def _keep(self, norm: mx.array) -> mx.array:
         """``norm``, which further calls in the block will find."""
@@ -190,7 +210,8 @@ def hoisted_norms(model: nn.Module, at_entry: bool = False) -> Iterator[None]:
     is computed in every forward: there is nothing that could outlive the parameters.
 
     Compiled functions follow the parameters as well: they compute the norms themselves, unless
-    they take the whole ``model.state`` and the norms with it.
+    they take the whole ``model.state`` and the norms with it. One that takes less and is traced
+    after other calls in the block is refused by MLX, or gives NaN once the weights are others.
 
     Here, and only here, norms whose factored sum may cancel are computed at entry, directly where
     they do (``kernels/row_norm.py``).
@@ -212,11 +233,12 @@ def hoisted_norms(model: nn.Module, at_entry: bool = False) -> Iterator[None]:
     has_values = evaluate(*before)
     for i, layer in enumerate(layers):
         layer._block, layer._hoisted_norm = _Block(has_values), norms.get(i)
+        layer._hoisted_from = tuple(layer._state())
     try:
         yield
     finally:
         for layer in layers:
-            layer._block = layer._hoisted_norm = None
+            layer._block, layer._hoisted_norm, layer._hoisted_from = None, None, ()
     after = [array for layer in layers for array in layer._state()]
     if not _equal(before, after):
         raise RuntimeError(
