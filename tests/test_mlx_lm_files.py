@@ -1,10 +1,15 @@
 """mlx-lm itself loads what is written here, with the same logits; where it cannot, we say so."""
 
 import json
+import socket
 import subprocess
 import sys
+import urllib.request
+from contextlib import contextmanager
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 from adapter_models import arrays_of, attach_moved, difference, logits, write_base
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
@@ -15,7 +20,10 @@ from dora_mlx import ChatModel, Sampling, UserError
 from dora_mlx.adapters.adapter_folder import mlx_lm_problems, save_adapter, write_mlx_adapter
 from dora_mlx.adapters.reading import load_adapter, read_adapter
 from dora_mlx.adapters.stored import StoredAdapter
+from dora_mlx.config import TrainConfig
 from dora_mlx.loading import load_base
+from dora_mlx.run_folder import RunFolder
+from dora_mlx.training.finetune import finetune
 
 TOLERANCE = 1e-4
 
@@ -58,6 +66,47 @@ def test_mlx_lm_generate_answers_as_we_do(tmp_path):
     ours = "".join(chat.stream(messages, Sampling(max_tokens=12), adapter="run"))
     assert ours.strip()
     assert ours.strip() in result.stdout
+
+
+@contextmanager
+def mlx_lm_server(*words):
+    """The address of mlx-lm's server, started as its users do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "mlx_lm", "server", *map(str, words), "--port", port]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any("Starting httpd" in line for line in process.stderr), "it ended"
+        yield f"http://127.0.0.1:{port}/v1/chat/completions"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("method", "bits"), [("dora", 4), ("lora", 8)])
+def test_mlx_lm_server_gives_the_same_probabilities(tmp_path, chat_file, method, bits):
+    path = write_base(tmp_path / "base", bits=bits)
+    run = RunFolder(tmp_path / "runs" / "a")
+    options = {"model": str(path), "data": str(chat_file), "method": method, "steps": 3}
+    finetune(TrainConfig(**options, learning_rate=0.05, batch_size=8), run)
+    messages = [{"role": "user", "content": "What is 3 plus 1?"}]
+    body = {"messages": messages, "max_tokens": 12, "logprobs": True, "temperature": 0.0}
+    with mlx_lm_server("--model", path, "--adapter-path", run.path) as url:
+        request = urllib.request.Request(url, json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as response:
+            said = json.load(response)["choices"][0]["logprobs"]["content"]
+    base = load_base(path)
+    prompt = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids = [entry["id"] for entry in said]
+    tokens = mx.array([prompt + ids[:-1]])
+    before = logits(base.model, tokens)[0, len(prompt) - 1 :]
+    read_adapter(run.path, base).attach_to(base.model)
+    own = logits(base.model.eval(), tokens)[0, len(prompt) - 1 :]
+    assert difference(own, before) > 0.05
+    assert own.argmax(-1).tolist() == ids
+    probabilities = np.array(nn.log_softmax(mx.array(own)))[range(len(ids)), ids]
+    np.testing.assert_allclose([entry["logprob"] for entry in said], probabilities, atol=1e-3)
 
 
 # What docs/interop.md says: the cases that mlx-lm cannot load, and that it loads all others.
