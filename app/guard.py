@@ -9,12 +9,13 @@ import asyncio
 import base64
 import binascii
 import ipaddress
+import json
 import re
 import secrets
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote, urlsplit
 
 # The types of ASGI are open dictionaries; spelled out they would say no more than this.
@@ -96,7 +97,8 @@ class _Exchange:
 
     def __init__(self, scope: Scope, receive: Any, send: Any):
         self._receive, self._send = receive, send
-        self._limit = UPLOAD_LIMIT if scope["path"] == UPLOAD_PATH else BODY_LIMIT
+        self._uploads = scope["path"] == UPLOAD_PATH
+        self._limit = UPLOAD_LIMIT if self._uploads else BODY_LIMIT
         self._received = 0
         self._answered = False
         self.refusal: _Refused | None = None
@@ -107,12 +109,24 @@ class _Exchange:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """The next part of the body, as long as all parts stay within the limit."""
+        """The next part of an upload, or any other body as a whole when it was looked at."""
+        message = await self._part()
+        if self._uploads:
+            return message
+        body = message.get("body", b"")
+        while message.get("more_body"):
+            message = await self._part()
+            body += message.get("body", b"")
+        if body and not _is_harmless(body):
+            self._refuse(_Refused(400, "This is no request of the app's page."))
+        return {**message, "body": body} if message["type"] == "http.request" else message
+
+    async def _part(self) -> Message:
+        """The next message, as long as all parts of the body stay within the limit."""
         message: Message = await self._receive()
         self._received += len(message.get("body", b""))
         if self._received > self._limit:
-            self.refusal = self._too_large()
-            raise self.refusal
+            self._refuse(self._too_large())
         return message
 
     async def send(self, message: Message) -> None:
@@ -139,6 +153,11 @@ class _Exchange:
             {"type": "http.response.start", "status": refusal.status, "headers": headers}
         )
         await self.send({"type": "http.response.body", "body": body})
+
+    def _refuse(self, refusal: _Refused) -> NoReturn:
+        # Remembered, because what reads the body may answer the error in its own way.
+        self.refusal = refusal
+        raise refusal
 
     def _too_large(self) -> _Refused:
         return _Refused(413, f"At most {self._limit / 1e6:.0f} MB can be sent at once.")
@@ -247,6 +266,26 @@ def _opens_the_page(scope: Scope, headers: dict[str, bytes]) -> bool:
 def _check_path(path: str) -> None:
     if not _OWN_PATHS.fullmatch(unquote(path).lower()):
         raise _Refused(404, "There is no such page.")
+
+
+def _is_harmless(body: bytes) -> bool:
+    """Whether a body is JSON in which no file is one of another machine.
+
+    Gradio loads a file that is named by an address, whatever component it is sent for.
+    """
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Every pair, because parsers differ in which of two equal keys they take.
+        for key, value in pairs:
+            if key == "path" and isinstance(value, str) and "://" in value:
+                raise ValueError(value)
+        return dict(pairs)
+
+    try:
+        json.loads(body, object_pairs_hook=check)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _own_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -51,6 +51,9 @@ def build_server(
         pwa=False,
         mcp_server=False,
     )
+    # Gradio's ``launch`` sets this, mounting does not, and without it every path of this machine
+    # that a browser sends as a file is taken for an upload.
+    page.has_launched = True
     logging.getLogger("uvicorn.error").addFilter(_is_news)
     return Guard(server, host, login)
 

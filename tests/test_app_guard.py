@@ -89,8 +89,8 @@ def test_own_page_and_links_to_it_are_served():
 def test_bodies_are_capped(monkeypatch):
     monkeypatch.setattr(guard, "BODY_LIMIT", 1000)
     monkeypatch.setattr(guard, "UPLOAD_LIMIT", 2000)
-    assert ask("/gradio_api/run/predict", "POST", content=b"x" * 1000).json() == {"size": 1000}
-    assert ask("/gradio_api/run/predict", "POST", content=b"x" * 1001).status_code == 413
+    assert ask("/gradio_api/run/predict", "POST", content=b"9" * 1000).json() == {"size": 1000}
+    assert ask("/gradio_api/run/predict", "POST", content=b"9" * 1001).status_code == 413
     assert ask("/gradio_api/upload", "POST", content=b"x" * 1001).json() == {"size": 1001}
 
     async def chunks():
@@ -99,6 +99,29 @@ def test_bodies_are_capped(monkeypatch):
             yield b"x" * 1000
 
     assert ask("/gradio_api/upload", "POST", content=chunks()).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"data": [{"path": "http://example.com/x", "meta": {"_type": "gradio.FileData"}}]}',
+        b'{"data": [{"path": "https://example.com/x", "path": "x"}]}',
+        b'{"data": [{"p\\u0061th": "\\u0068ttp://example.com/x"}]}',
+        '{"data": [{"path": "http://example.com/x"}]}'.encode("utf-16"),
+        b"[" * 100_000,
+        b'{"data": ',
+    ],
+)
+def test_no_event_names_a_file_of_another_machine(body):
+    async def chunks():
+        yield body[:25]
+        yield body[25:]
+
+    for content in (body, chunks()):
+        assert ask("/gradio_api/queue/join", "POST", content=content).status_code == 400
+    said = b'{"data": ["look at https://example.com", {"path": "/tmp/x", "url": "http://x"}]}'
+    reply = ask("/gradio_api/queue/join", "POST", content=said)
+    assert reply.json() == {"size": len(said)}
 
 
 @pytest.mark.parametrize(
