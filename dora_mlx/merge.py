@@ -1,7 +1,9 @@
 """``python -m dora_mlx.merge``: several adapters on one base model as one merged model."""
 
 import argparse
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +81,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     # What is wrong with the flags is said before anything is imported.
     find_format(arguments.format).quant(arguments.quant)
     runs = [find_run(name, arguments.runs_dir) for name in arguments.run]
-    _check_numbers(arguments, len(runs) + len(arguments.adapter))
+    _check_given(arguments, [*(run.path for run in runs), *arguments.adapter])
     from dora_mlx.adapters.swapping import load_swappable
     from dora_mlx.exporting.combine import Recipe
 
@@ -91,12 +93,18 @@ def _merge(arguments: argparse.Namespace) -> int:
     return print_export(lambda progress: _write(adapters, recipe, runs, arguments, progress))
 
 
-def _check_numbers(arguments: argparse.Namespace, count: int) -> None:
+def _check_given(arguments: argparse.Namespace, folders: list[Path]) -> None:
+    """Refuse adapters and numbers that cannot be meant; all problems in one message."""
     problems = []
-    if count < 1:
+    if not folders:
         problems.append("name the adapters to merge by --run or --adapter")
-    if arguments.weights is not None and len(arguments.weights) != count:
-        problems.append(f"--weights has {len(arguments.weights)} numbers for {count} adapters")
+    times = Counter(folder.resolve() for folder in folders)
+    problems += [f"{folder.name} is named twice" for folder, number in times.items() if number > 1]
+    weights = arguments.weights
+    if weights is not None and len(weights) != len(folders):
+        problems.append(f"--weights has {len(weights)} numbers for {len(folders)} adapters")
+    if not all(math.isfinite(weight) for weight in weights or []):
+        problems.append("--weights have to be finite numbers")
     if not 0 < arguments.density <= 1:
         problems.append(f"--density must be above 0 and at most 1 but is {arguments.density:g}")
     if problems:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from adapter_models import attach_moved, difference, logits, write_base
@@ -13,8 +14,9 @@ from dora_mlx import merge
 from dora_mlx.adapters.adapter_folder import save_adapter
 from dora_mlx.adapters.attach import attach
 from dora_mlx.adapters.swapping import SwappableModel
-from dora_mlx.exporting.combine import Recipe, _ties, put_combined
+from dora_mlx.exporting.combine import CombinedLayer, Recipe, _ties, nth_largest, put_combined
 from dora_mlx.exporting.merge import MergedWeights
+from dora_mlx.layers import DoRALinear
 from dora_mlx.loading import load_base
 
 KINDS = {
@@ -95,6 +97,41 @@ def test_ties_is_that_of_peft(folder, density):
         assert 0.05 < (found != 0).mean() < 1
 
 
+def test_threshold_is_that_of_sorting_whatever_the_numbers():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=5000).astype(np.float32)
+    # Ties across blocks, zeros, and numbers that differ in the lower half of their bits only.
+    values[::3] = np.float32(1) + generator.integers(0, 50, 1667) * np.float32(2**-23)
+    values[1::7] = 0
+    values[2::50] *= -1
+    blocks = [mx.array(part.reshape(-1, 5)) for part in np.split(values, 10)]
+    largest = np.sort(np.abs(values))[::-1]
+    for nth in (1, 2, 500, 1700, 2500, 4999, 5000):
+        assert nth_largest(lambda: iter(blocks), nth) == largest[nth - 1]
+
+
+def extra_memory(rows):
+    """Bytes that combining two adapters on a layer of so many rows takes above their own."""
+    base = nn.Linear(1024, rows, bias=False)
+    mx.random.seed(0)
+    adapters = [DoRALinear.from_base(base, rank=4) for _ in range(2)]
+    for adapter in adapters:
+        adapter.lora_b = mx.random.normal(adapter.lora_b.shape)
+        mx.eval(adapter.parameters())
+    layer = CombinedLayer(base, [(one, 1.0) for one in adapters], Recipe("ties", (1.0, 1.0)))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in layer.merged_blocks():
+        pass
+    return mx.get_peak_memory() - before
+
+
+def test_memory_of_ties_does_not_grow_with_the_weight():
+    # Of four blocks and of twelve.
+    assert extra_memory(12288) < 1.05 * extra_memory(4096)
+
+
 def test_the_side_with_more_weight_wins():
     changes = [mx.array([[3.0, 1.0, -2.0, 0.1]]), mx.array([[-2.0, 4.0, -4.0, 0.2]])]
     combine = _ties([mx.array(0.5), mx.array(0.5)])
@@ -125,6 +162,8 @@ def test_command_writes_a_model_that_is_checked(folder, capsys):
     ("words", "messages"),
     [
         (["--weights", "1", "--density", "2"], ["1 numbers for 2 adapters", "--density"]),
+        (["--weights", "inf", "1"], ["--weights have to be finite"]),
+        (["--run", "none"], ["There is no run 'none'"]),
         (["--quant", "q9"], ["--quant q9"]),
         (["--format", "peft"], ["merged already"]),
     ],
@@ -134,6 +173,13 @@ def test_bad_flags_are_one_message(folder, tmp_path, capsys, words, messages):
     errors = capsys.readouterr().err
     assert all(message in errors for message in messages)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_named_twice_is_refused(folder, capsys):
+    twice = [str(folder / "one"), str(folder / "two" / ".." / "one")]
+    flags = ["--model", str(folder / "base"), "--format", "safetensors"]
+    assert merge.main(["--adapter", *twice, *flags]) == 2
+    assert "one is named twice" in capsys.readouterr().err
 
 
 def test_every_adapter_that_does_not_fit_is_listed(folder, tmp_path, capsys):

@@ -9,13 +9,17 @@ and not additive in A, B and m, so there is no adapter that the result could be 
              that are left after all but the largest of each were set to zero (arXiv 2306.01708)
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_unflatten
 
 from dora_mlx.errors import UserError
@@ -70,10 +74,10 @@ class CombinedLayer(nn.Module):
         linear = self._recipe.method == "linear"
         combine: Combine = _linear if linear else _ties(self._thresholds())
         coefficients = [coefficient for _, coefficient in self._changes]
-        merged = [layer.merged_blocks() for layer, _ in self._changes]
-        for (start, stop), *blocks in zip(row_blocks(self.base), *merged, strict=True):
+        changes = [self._changes_of(layer) for layer, _ in self._changes]
+        for (start, stop), *blocks in zip(row_blocks(self.base), *changes, strict=True):
             rows = weight_rows(self.base, start, stop, mx.float32)
-            rows = rows + combine([block - rows for block in blocks], coefficients)
+            rows = rows + combine(blocks, coefficients)
             mx.eval(rows)
             yield rows
 
@@ -89,22 +93,21 @@ class CombinedLayer(nn.Module):
         weight = mx.concatenate(list(self.merged_blocks())).reshape(weight_shape(self.base))
         return with_weight(self.base, weight.astype(weight_dtype(self.base)), dequantize=True)
 
+    def _changes_of(self, layer: LowRankLayer) -> Iterator[mx.array]:
+        """What one adapter adds to the weight, a block of rows at a time, float32."""
+        for (start, stop), block in zip(row_blocks(self.base), layer.merged_blocks(), strict=True):
+            change = block - weight_rows(self.base, start, stop, mx.float32)
+            mx.eval(change)
+            yield change
+
     def _thresholds(self) -> list[mx.array]:
-        """Of each adapter, the smallest size of a change that is kept; one weight at a time."""
-        thresholds = []
-        for layer, _ in self._changes:
-            sizes = []
-            for (start, stop), block in zip(
-                row_blocks(self.base), layer.merged_blocks(), strict=True
-            ):
-                change = block - weight_rows(self.base, start, stop, mx.float32)
-                sizes.append(mx.abs(change).flatten())
-                mx.eval(sizes[-1])
-            every = mx.concatenate(sizes)
-            dropped = every.size - max(1, round(self._recipe.density * every.size))
-            thresholds.append(mx.partition(every, dropped)[dropped])
-            mx.eval(thresholds[-1])
-        return thresholds
+        """Of each adapter, the smallest size of a change that is kept."""
+        size = math.prod(weight_shape(self.base))
+        kept = max(1, round(self._recipe.density * size))
+        return [
+            mx.array(nth_largest(partial(self._changes_of, layer), kept), mx.float32)
+            for layer, _ in self._changes
+        ]
 
 
 def put_combined(model: nn.Module, adapters: list[dict[str, nn.Module]], recipe: Recipe) -> None:
@@ -150,3 +153,33 @@ def _ties(thresholds: list[mx.array]) -> Combine:
         return mx.where(agreeing, kept, 0).sum(axis=0) / count
 
     return combine
+
+
+def nth_largest(blocks: Callable[[], Iterator[mx.array]], nth: int) -> float:
+    """The ``nth`` largest absolute value (1 is the first), exactly, of float32 ``blocks``.
+
+    Bits of floats that are not negative are in the order of the floats, so two passes that count
+    the upper and then the lower half of the bits find it, with one block at a time in memory.
+    """
+    upper = np.zeros(1 << 16, np.int64)
+    for block in blocks():
+        upper += np.bincount(_bits(block) >> 16, minlength=1 << 16)
+    first, nth = _bin_of(upper, nth)
+    lower = np.zeros(1 << 16, np.int64)
+    for block in blocks():
+        bits = _bits(block)
+        lower += np.bincount(bits[bits >> 16 == first] & 0xFFFF, minlength=1 << 16)
+    last, _ = _bin_of(lower, nth)
+    return float(np.array([first << 16 | last], np.uint32).view(np.float32)[0])
+
+
+def _bits(block: mx.array) -> npt.NDArray[np.uint32]:
+    return np.array(mx.abs(block).flatten().view(mx.uint32))
+
+
+def _bin_of(counts: npt.NDArray[np.int64], nth: int) -> tuple[int, int]:
+    """Where the ``nth`` largest is, and the how many-th it is there."""
+    from_above = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_above, nth))
+    before = int(from_above[place - 1]) if place else 0
+    return len(counts) - 1 - place, nth - before
