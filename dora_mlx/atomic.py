@@ -59,6 +59,16 @@ def save_arrays(path: Path, arrays: "dict[str, mx.array]") -> None:
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` of the block say which file it is about, as a failed write does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def flush_to_disk(path: Path) -> None:
     """Force a file's data, or a folder's entries, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)

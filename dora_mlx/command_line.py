@@ -197,6 +197,7 @@ def run_command(body: Callable[[], int]) -> int:
 _FILE_PROBLEMS = {
     errno.ENOSPC: "could not be written: the disk is full. Free some space and run it again.",
     errno.EDQUOT: "could not be written: the disk quota is used up.",
+    errno.EFBIG: "could not be written: it would be larger than the disk or `ulimit -f` allows.",
     errno.EIO: "could not be written: the disk reported an error, or it is full.",
     errno.EROFS: "could not be written: the file system is read-only.",
     errno.EACCES: "could not be opened: permission denied.",

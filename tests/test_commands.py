@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -203,6 +204,29 @@ def test_full_disk_keeps_the_last_state_and_resume_goes_on(chat_file, capsys, mo
     assert not list(run.glob(".*partial*"))
     assert train.main(["--resume", "r"]) == 0
     assert [e["step"] for e in read_events(run) if e["event"] == "step"] == [1, 2, 3, 4]
+
+
+def test_disk_that_fills_up_between_checkpoints_takes_no_step_away(chat_file, capsys):
+    flags = ["--data", str(chat_file), "--num-layers", "1", "--rank", "1", "--steps", "24"]
+    flags += ["--steps-per-eval", "24", "--steps-per-save", "4", "--batch-size", "1"]
+    flags += ["--target-modules", "q_proj", "--optimizer", "sgd"]
+    assert train.main([*flags, "--run", "whole"]) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The one file that grows; a limit is what a full disk is, and needs no disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_500, limits[1]))
+    try:
+        assert train.main([*flags, "--run", "r"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "events.jsonl could not be written" in one_sentence_error(capsys)
+    done = [e["step"] for e in read_events(Path("runs/r")) if e["event"] == "step"]
+    assert 4 < done[-1] < 24
+    assert train.main(["--resume", "r"]) == 0
+    whole, cut = (
+        [(e["step"], e["loss"]) for e in read_events(Path("runs") / run) if e["event"] == "step"]
+        for run in ("whole", "r")
+    )
+    assert whole == cut
 
 
 def test_too_small_a_disk_is_refused_before_the_run_starts(chat_file, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dora_mlx.atomic import naming
 from dora_mlx.config import flag_of
 from dora_mlx.run_folder import RunFolder
 
@@ -37,7 +38,8 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
         if self._log is not None:
-            self._log.close()
+            with naming(self._folder.log_file):
+                self._log.close()
 
     def show(self, event: dict[str, Any]) -> None:
         """Show one event."""
@@ -51,8 +53,9 @@ class ProgressBar:
         line = self._summary(event) if kind == "end" else describe(event)
         if line and self._bar is not None and self._log is not None:
             self._bar.write(line)
-            self._log.write(line + "\n")
-            self._log.flush()
+            with naming(self._folder.log_file):
+                self._log.write(line + "\n")
+                self._log.flush()
 
     def _start(self, event: dict[str, Any]) -> None:
         from tqdm import tqdm

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from dora_mlx.atomic import naming
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
@@ -45,14 +47,19 @@ class EventLog:
         trace: TracebackType | None,
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with naming(Path(self._file.name)):
+                self._file.close()
 
     def watch(self, listener: Listener) -> None:
         """Pass every later event on to one more listener, which may write events itself."""
         self._watchers.append(listener)
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event; a value that is not finite becomes null, which JSON can say."""
+        """Append one event; a value that is not finite becomes null, which JSON can say.
+
+        Raises:
+            OSError: If the disk is full. The line may be half-written, as after a crash.
+        """
         if self._file is None:
             return
         line = {"event": event, "time": time.time(), **values}
@@ -60,8 +67,9 @@ class EventLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in line.items()
         }
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
         if self._listener is not None:
             self._listener(line)
         for watcher in self._watchers:
