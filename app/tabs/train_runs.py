@@ -17,7 +17,7 @@ element.addEventListener('click', (event) => {
 });
 element.addEventListener('change', (event) => {
   const box = event.target.closest('[data-compare]');
-  if (box) trigger('click', {action: 'compare', run: box.dataset.compare});
+  if (box) trigger('click', {action: box.checked ? 'add' : 'remove', run: box.dataset.compare});
 });
 """
 
@@ -51,13 +51,16 @@ def build(context: Context, page: Page) -> None:
             raise UserError("That run is gone; the list is up to date again in a second.")
         if event._data.get("action") == "open":
             return name, compared
-        if name in compared:
-            return run, [other for other in compared if other != name]
-        if len(compared) >= runs.MOST_COMPARED:
+        others = [other for other in compared if other != name]
+        if event._data.get("action") == "remove":
+            return run, others
+        if len(others) >= runs.MOST_COMPARED:
             raise UserError(f"{runs.MOST_COMPARED} runs at most can be compared at once.")
-        return run, [*compared, name]
+        return run, [*others, name]
 
-    connect(table.click, act, [page.run, compared], [page.run, compared], notice=problem)
+    # Of two quick clicks, the second would be dropped as long as the first is under way.
+    connect(table.click, act, [page.run, compared], [page.run, compared], notice=problem,
+            trigger_mode="multiple")  # fmt: skip
     connect(
         [page.tick.tick, page.blocks.load, page.run.change, compared.change],
         refresh,

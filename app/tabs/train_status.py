@@ -150,7 +150,8 @@ def _wire_choice(context: Context, page: Page, choice: Any) -> None:
         [choice, page.run, listed],
         queue=False,
     )
-    connect(choice.input, lambda name: name, [choice], [page.run], queue=False)
+    connect(choice.input, lambda name: name, [choice], [page.run], queue=False,
+            trigger_mode="always_last")  # fmt: skip
 
 
 def _wire_actions(

@@ -59,7 +59,8 @@ def comparison(looks: Sequence[RunLook]) -> str:
 
 def _row(run: RunSummary, selected: bool, compared: Sequence[str]) -> str:
     name = html.escape(run.name)
-    checked = " checked" if run.name in compared else ""
+    full = len(compared) >= MOST_COMPARED
+    state = " checked" if run.name in compared else " disabled" if full else ""
     color = compared.index(run.name) + 1 if run.name in compared else 0
     key = f' style="--key:var(--series-{color})"' if color else ""
     word, kind = STATUS[run.status]
@@ -71,7 +72,7 @@ def _row(run: RunSummary, selected: bool, compared: Sequence[str]) -> str:
     cells = "".join(f'<td class="figure">{figure}</td>' for figure in figures)
     return (
         f'<tr class="{"selected" if selected else ""}"><td class="compare"{key}>'
-        f'<input type="checkbox" data-compare="{name}" aria-label="Compare {name}"{checked}></td>'
+        f'<input type="checkbox" data-compare="{name}" aria-label="Compare {name}"{state}></td>'
         f'<td class="name"><button type="button" data-open="{name}">{name}</button>'
         f"<small>{html.escape(run.model)} · {html.escape(run.method)}</small></td>"
         f'<td class="status">{html.pill(word, kind)}</td>{cells}'

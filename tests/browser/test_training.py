@@ -3,8 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 
+import pytest
 from playwright.sync_api import expect
 
 
@@ -97,3 +101,52 @@ def test_server_dies_and_the_training_is_found_again(server, open_page):
     expect(page.locator("#run-status .pill")).to_have_text("Training")
     stop(page)
     assert len(events(server, "second")) > before
+
+
+@pytest.fixture
+def two_runs(server, tmp_path):
+    """Runs named ``compared`` and ``copy``, which have ended."""
+    command = [sys.executable, "-m", "dora_mlx.train", "--steps", "4", "--steps-per-eval", "2"]
+    command += ["--run", "compared", "--runs-dir", str(tmp_path), "--batch-size", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    names = ("compared", "copy")
+    for name in names:
+        shutil.copytree(tmp_path / "compared", server.runs_dir / name)
+    yield names
+    for name in names:
+        shutil.rmtree(server.runs_dir / name, ignore_errors=True)
+
+
+def test_runs_are_compared_renamed_and_deleted_when_asked_twice(server, two_runs, open_page):
+    page = open_page("train")
+    lines = page.locator("#runs-comparison #compared-loss path.line")
+    expect(page.locator("[data-compare=copy]")).to_be_visible()
+    # As fast as no person clicks: none is lost, and the list shows what is compared.
+    for name in two_runs:
+        page.locator(f"[data-compare={name}]").evaluate("box => box.click()")
+    expect(lines).to_have_count(2)
+    page.locator("[data-compare=compared]").click()
+    expect(lines).to_have_count(1)
+    expect(page.locator("[data-compare=copy]")).to_be_checked()
+    expect(page.locator("[data-compare=compared]")).not_to_be_checked()
+
+    page.locator("[data-open=copy]").click()
+    expect(page.locator("#run-status .run-name")).to_have_text("copy")
+    page.get_by_role("button", name="Command and configuration").click()
+    expect(page.locator("#run-command")).to_contain_text("--run copy")
+
+    page.get_by_role("button", name="Rename, delete").click()
+    page.locator("#run-new-name :is(input, textarea)").fill("../evil")
+    page.locator("#run-rename").click()
+    expect(page.locator("#run-manage-problem")).to_contain_text("cannot be a run's name")
+    page.locator("#run-new-name :is(input, textarea)").fill("old")
+    page.locator("#run-rename").click()
+    expect(page.locator("#run-status .run-name")).to_have_text("old")
+    page.locator("#run-delete").click()
+    page.locator("#run-keep").click()
+    expect(page.locator("#run-delete-really")).to_be_hidden()
+    assert (server.runs_dir / "old").is_dir()
+    page.locator("#run-delete").click()
+    page.locator("#run-delete-really").click()
+    expect(page.locator("[data-open=old]")).to_have_count(0)
+    assert not (server.runs_dir / "old").exists()
