@@ -10,6 +10,7 @@ from dora_mlx.kernels.frozen_product import (
     shares_reading,
     weight_shape,
 )
+from dora_mlx.kernels.recomputation import product
 from dora_mlx.layers.dora import DoRA, dora_product
 from dora_mlx.layers.lora import LoRA, LowRankLayer, Terms, uniform
 
@@ -22,7 +23,7 @@ class _AdaptedLinear(LowRankLayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., in] -> [..., out]`` in the dtype of ``x``."""
-        low_rank = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        low_rank = product(self.dropout(x), self.lora_a.astype(x.dtype))
         bias = self.base.get("bias")
         if bias is not None and not is_quantized(self.base):
             # nn.Linear adds its bias inside of the product, which rounds differently.

@@ -3,8 +3,10 @@
 Autodiff keeps every intermediate array. The results of matrix products are worth it; attention
 probabilities (``[batch, heads, length, length]`` in every layer) and the insides of activation
 functions are not: they cost a fraction of a block to compute again and most of its memory to keep.
-Inside ``lean_backward`` the functions that mlx-lm's models call for them keep their inputs only.
-A model that computes attention or its activation by other means runs as it always does.
+Inside ``lean_backward`` the functions that mlx-lm's models call for them keep their inputs only,
+and what norms, rotations and activations give is computed again where the gradient of an adapter
+or of attention needs it (``kernels/recomputation.py``). A model that computes attention or its
+activation by other means runs as it always does.
 
 Attention in chunks of queries: the backward of flash attention (arXiv 2205.14135, section 3.1),
 with MLX's own operations.
@@ -20,27 +22,32 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
 
+from dora_mlx.kernels.recomputation import later, recipe_of, remember, remembered
+
 # Queries per chunk of the attention's backward; fewer save nothing that matters.
 QUERIES_PER_CHUNK = 128
 
+_NORMS_AND_ROPE = ("rms_norm", "layer_norm", "rope")
+
 _attention = mx.fast.scaled_dot_product_attention
+_swiglu = activations.swiglu
 
 
 @contextmanager
 def lean_backward() -> Iterator[None]:
-    """Within the block, models keep no attention probabilities and no insides of activations.
+    """Within the block, models keep the results of products for the backward, and little else.
 
     Works by standing in for the functions the models look up while they run, in this process.
     """
     substitutes: list[tuple[Any, str, Any]] = [
         (mx.fast, "scaled_dot_product_attention", lean_attention),
-        *((nn, name, recomputed(getattr(nn, name))) for name in ("silu", "gelu", "gelu_approx")),
+        *((nn, name, _cheap(getattr(nn, name))) for name in ("silu", "gelu", "gelu_approx")),
+        *((mx.fast, name, remembered(getattr(mx.fast, name))) for name in _NORMS_AND_ROPE),
     ]
     # Models import swiglu by name, so each has a reference of its own.
-    swiglu = recomputed(activations.swiglu)
     for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models.") and vars(module).get("swiglu") is activations.swiglu:
-            substitutes.append((module, "swiglu", swiglu))
+        if name.startswith("mlx_lm.models.") and vars(module).get("swiglu") is _swiglu:
+            substitutes.append((module, "swiglu", lean_swiglu))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in substitutes]
     for owner, name, substitute in substitutes:
         setattr(owner, name, substitute)
@@ -49,6 +56,10 @@ def lean_backward() -> Iterator[None]:
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
+
+
+def _cheap(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    return remembered(recomputed(function), function)
 
 
 def recomputed(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -61,7 +72,7 @@ def recomputed(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     @forward.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         inputs = list(primals) if isinstance(primals, tuple | list) else [primals]
-        gradients = mx.vjp(function, _later(inputs, cotangent), [cotangent])[1]
+        gradients = mx.vjp(function, later(inputs, cotangent), [cotangent])[1]
         return tuple(gradients) if len(gradients) > 1 else gradients[0]
 
     @wraps(function)
@@ -69,6 +80,43 @@ def recomputed(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
         return cast(mx.array, forward(*inputs))
 
     return call
+
+
+def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """``silu(gate) * x`` that keeps its inputs; one sigmoid in the backward serves all of it.
+
+    Args:
+        gate: Of any shape.
+        x: Shaped as ``gate``.
+    """
+    # From the recipe, which the layer that takes the result follows, to the backward after it.
+    computed: list[mx.array] = []
+
+    @mx.custom_function
+    def forward(gate: mx.array, x: mx.array) -> mx.array:
+        return _swiglu(gate, x)
+
+    @forward.vjp
+    def backward(
+        primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, ...]:
+        gate, x = later(list(primals), cotangent)
+        sigmoid = computed.pop() if computed else mx.sigmoid(gate)
+        return _swiglu_backward(gate, x, sigmoid, cotangent)
+
+    def recipe(cotangent: mx.array) -> mx.array:
+        own_gate, own_x = later([gate, x], cotangent)
+        computed[:] = [mx.sigmoid(own_gate)]
+        return own_gate * computed[0] * own_x
+
+    return remember(cast(mx.array, forward(gate, x)), recipe)
+
+
+def _swiglu_backward(
+    gate: mx.array, x: mx.array, sigmoid: mx.array, cotangent: mx.array
+) -> tuple[mx.array, mx.array]:
+    silu = gate * sigmoid
+    return cotangent * x * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
 
 
 def lean_attention(
@@ -86,6 +134,8 @@ def lean_attention(
     if options.get("sinks") is not None:
         return _attention(queries, keys, values, mask=mask, **options)
 
+    recipes = [recipe_of(x) for x in (queries, keys, values)]
+
     @mx.custom_function
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         return _attention(queries, keys, values, mask=mask, **options)
@@ -94,7 +144,7 @@ def lean_attention(
     def backward(
         primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
     ) -> tuple[mx.array, ...]:
-        queries, keys, values = _later(list(primals), cotangent)
+        queries, keys, values = (recipe(cotangent) for recipe in recipes)
         d_queries: list[mx.array] = []
         d_keys, d_values = mx.zeros_like(keys), mx.zeros_like(values)
         for start in range(0, queries.shape[2], QUERIES_PER_CHUNK):
@@ -129,11 +179,3 @@ def _visible(mask: Any, rows: slice, length: int, key_length: int) -> tuple[int,
     if mask is None or mask.shape[-2] == 1:
         return key_length, mask
     return key_length, mask[..., rows, :]
-
-
-def _later(arrays: list[mx.array], cotangent: mx.array) -> list[mx.array]:
-    """The same arrays, available only when the backward has come this far.
-
-    Otherwise mx.compile finds the forward's operations again and keeps their results after all.
-    """
-    return cast(list[mx.array], mx.depends(arrays, [cotangent]))
