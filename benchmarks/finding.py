@@ -24,7 +24,7 @@ import mlx.core as mx
 from dora_mlx.analysis.inspection import Inspection, WeightChange, correlation, inspect_run
 from dora_mlx.analysis.pictures import can_draw, save_figure, scatter_by_module
 from dora_mlx.comparing.comparison import Comparison, Watch, run_comparison
-from dora_mlx.comparing.report import Spread, lines_below
+from dora_mlx.comparing.report import Spread, lines_below, measured
 from dora_mlx.comparing.settings import Budget, Contender, Settings
 from dora_mlx.config import TrainConfig
 from dora_mlx.exporting.merge import MergedWeights
@@ -174,7 +174,7 @@ def report(found: dict[str, tuple[Comparison, dict[str, list[Inspection]]]]) -> 
             results = comparison.of(name)
             by_run = [correlations(inspection) for inspection in seen[name]]
             cells = [Spread.of([run[kind] for run in by_run]).rounded(2, "+") for kind in kinds]
-            losses = Spread.of([result.best_validation for result in results])
+            losses = measured(results, lambda result: result.best_validation)
             yield (
                 f"| {name} | {results[0].trainable_parameters:,} | {results[0].learning_rate:g} "
                 f"| {losses} | {' | '.join(cells)} |"

@@ -4,13 +4,24 @@ import json
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from dora_mlx import compare
-from dora_mlx.comparing.comparison import Stopped, Watch, read_comparison, run_comparison
+from dora_mlx.comparing import report
+from dora_mlx.comparing.comparison import (
+    Comparison,
+    RunResult,
+    Stopped,
+    Watch,
+    read_comparison,
+    run_comparison,
+)
 from dora_mlx.comparing.general import GeneralSet
 from dora_mlx.comparing.report import Spread
 from dora_mlx.comparing.settings import (
+    METHODS,
     Budget,
     Contender,
     Settings,
@@ -20,6 +31,7 @@ from dora_mlx.comparing.settings import (
     swept,
 )
 from dora_mlx.config import TrainConfig
+from dora_mlx.training import loop, memory_plan
 from dora_mlx.training.events import read_events
 from dora_mlx.training.loss import plain_loss_sum
 
@@ -99,6 +111,75 @@ def test_an_interrupted_comparison_ends_as_if_nothing_had_happened(chat_file, tm
     tried = {r.learning_rate: r.best_validation for r in whole.results if r.contender == "dora"}
     assert whole.learning_rates["dora"] == min(tried, key=tried.get)
     assert whole.learning_rates["lora"] == 2e-3
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Weights that move far overflow, as they would in a type of fewer bits."""
+
+    def loss_sum(model, batch):
+        moved = [a for n, a in tree_flatten(model.parameters()) if n.endswith("lora_b")]
+        far = mx.stack([mx.abs(array).max() for array in moved]).max() > 0.05
+        return plain_loss_sum(model, batch) * mx.where(far, mx.nan, 1.0)
+
+    monkeypatch.setattr(loop, "best_loss", lambda *_: (loss_sum, None))
+
+
+def test_a_rate_that_diverges_is_the_worst_of_a_sweep(flags, capsys, narrow):
+    flags += ["--methods", "dora,lora", "--budget", "7steps"]
+    assert compare.main([*flags, "--learning-rates", "dora=0.2/1e-3,lora=1e-3"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"dora is the best of 2 .*\(0\.2: diverged, 0\.001: \d", output)
+    comparison = read_comparison(Path("c"))
+    assert comparison.learning_rates == {"dora": 1e-3, "lora": 1e-3}
+    diverged = [result for result in comparison.results if result.best_validation is None]
+    assert [(r.learning_rate, r.general_loss) for r in diverged] == [(0.2, None)]
+    # Nothing is trained again, the diverged runs least of all.
+    before = {path: path.read_text() for path in Path("c/runs").glob("*/events.jsonl")}
+    assert len(before) == 3
+    assert compare.main([*flags, "--learning-rates", "dora=0.2/1e-3,lora=1e-3"]) == 0
+    assert {path: path.read_text() for path in before} == before
+
+
+def test_rates_that_all_diverge_are_one_sentence(flags, capsys, narrow):
+    flags += ["--methods", "dora", "--budget", "6steps", "--learning-rates", "dora=0.2/0.1"]
+    assert compare.main(flags) == 2
+    error = capsys.readouterr().err
+    assert "dora diverged at every learning rate tried (0.2, 0.1). Give lower ones" in error
+    assert not Path("c/comparison.md").exists()
+
+
+def test_seeds_that_diverge_are_left_out_and_named():
+    values = {"contender": "lora", "learning_rate": 1e-3, "steps": 9, "trainable_parameters": 1}
+    values |= {"total_parameters": 9, "step_seconds": 1.0, "tokens_per_second": 1.0}
+    values |= {"peak_memory_bytes": 1, "general_loss": None, "adapter_bytes": 1}
+    losses = [2.0, None, 4.0]
+    results = [
+        RunResult(run=str(s), seed=s, best_validation=loss, validations=[(0, 5.0)], **values)
+        for s, loss in enumerate(losses)
+    ]
+    comparison = Comparison({"config": {}}, contenders=["lora"], learning_rates={"lora": 1e-3})
+    comparison.results = results
+    said = report.text(comparison)
+    assert "3.0000 ± 1.4142" in said
+    assert "lora diverged at that rate with seed 1, which its losses leave out." in said
+
+
+def test_full_fine_tuning_that_does_not_fit_is_left_out_and_the_report_says_so(
+    flags, capsys, monkeypatch
+):
+    sizes = {m: memory_plan.plan_memory(TrainConfig(method=m, num_layers=1)).peak for m in METHODS}
+    limit = (sizes["full"] + sizes["lora"]) // 2
+    monkeypatch.setattr(memory_plan, "memory_limit", lambda: limit)
+    flags += ["--budget", "1step"]
+    assert compare.main([*flags, "--methods", "lora,full"]) == 0
+    assert read_comparison(Path("c")).contenders == ["lora"]
+    output = capsys.readouterr().out
+    assert "Full fine-tuning is left out: it needs about" in output
+    assert "Full fine-tuning is left out" in Path("c/comparison.md").read_text()
+    assert "dequantized" not in output
+    assert compare.main([*flags, "--methods", "full", "--overwrite"]) == 2
+    assert "Full fine-tuning is left out" in capsys.readouterr().err
 
 
 def test_minutes_become_steps(chat_file, tmp_path):

@@ -27,6 +27,7 @@ from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.events import Listener, read_events
 from dora_mlx.training.finetune import default_learning_rate, finetune
+from dora_mlx.training.loop import DivergedError
 from dora_mlx.training.memory_plan import plan_memory
 
 RESULTS_FILE = "comparison.json"
@@ -40,7 +41,9 @@ class RunResult:
 
     ``step_seconds`` and ``tokens_per_second`` (trained tokens) are medians over its steps;
     ``peak_memory_bytes`` is that of this run alone; losses are means over trained tokens, and
-    ``validations`` pairs of step and loss, from step 0.
+    ``validations`` pairs of step and loss, from step 0, without those that are not finite. A run
+    that diverged has no ``best_validation`` and no ``general_loss``: what it was before is no
+    result of its learning rate.
     """
 
     run: str
@@ -53,7 +56,7 @@ class RunResult:
     step_seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
-    best_validation: float
+    best_validation: float | None
     general_loss: float | None
     adapter_bytes: int
     validations: list[tuple[int, float]]
@@ -80,6 +83,11 @@ class Comparison:
         rate = self.learning_rates[contender]
         own = [r for r in self.results if (r.contender, r.learning_rate) == (contender, rate)]
         return sorted(own, key=lambda result: result.seed)
+
+    def tried(self, contender: str) -> list[RunResult]:
+        """The runs of a contender on the first seed, at every rate that was tried."""
+        own = [result for result in self.results if result.contender == contender]
+        return [result for result in own if result.seed == own[0].seed]
 
 
 @dataclass(frozen=True)
@@ -174,9 +182,9 @@ class _Runner:
                 contender, rates[contender.name][0]
             )
         for contender in contenders:
-            tried = [self._result(contender, 0, rate) for rate in rates[contender.name]]
-            best = min(tried, key=lambda result: result.best_validation)
-            self._comparison.learning_rates[contender.name] = best.learning_rate
+            for rate in rates[contender.name]:
+                self._result(contender, 0, rate)
+        self._choose_rates(contenders)
         # Seed by seed, so that an interrupted comparison has all methods of the seeds it has.
         for seed in range(1, self._settings.seeds):
             for contender in contenders:
@@ -184,6 +192,25 @@ class _Runner:
                 self._result(contender, seed, rate)
         self._save()
         return self._comparison
+
+    def _choose_rates(self, contenders: list[Contender]) -> None:
+        """The best rate of each contender on the first seed; one that diverged is the worst."""
+        failed = []
+        for contender in contenders:
+            tried = self._comparison.tried(contender.name)
+            losses = {
+                result.learning_rate: result.best_validation
+                for result in tried
+                if result.best_validation is not None
+            }
+            if losses:
+                best = min(losses, key=lambda rate: losses[rate])
+                self._comparison.learning_rates[contender.name] = best
+            else:
+                rates = ", ".join(f"{result.learning_rate:g}" for result in tried)
+                failed.append(f"{contender.name} diverged at every learning rate tried ({rates})")
+        if failed:
+            raise UserError(f"{'; '.join(failed)}. Give lower ones by --learning-rates.")
 
     def _look_at_base(self) -> tuple[list[Contender], dict[str, float]]:
         """Who takes part, at which rate by default; loss of the base model on the general set."""
@@ -237,20 +264,20 @@ class _Runner:
             if result.run == name:
                 return result
         steps = self._comparison.steps[contender.name]
-        self._train(self._settings.config_of(contender, seed, rate, steps), name)
-        result = self._read_result(contender, seed, rate, name)
+        converged = self._train(self._settings.config_of(contender, seed, rate, steps), name)
+        result = self._read_result(contender, seed, rate, name, converged)
         self._comparison.results.append(result)
         self._save()
         return result
 
-    def _train(self, config: TrainConfig, name: str) -> None:
-        """Train a run to its end, from its last checkpoint if it was begun."""
+    def _train(self, config: TrainConfig, name: str) -> bool:
+        """Train a run to its end, from its last checkpoint if it was begun; false: it diverged."""
         self._number += 1
         self._watch.starting(name, self._number, self._total)
         folder = self._run_folder(name)
         ends = [e for e in self._events(name) if e["event"] == "end"]
         if ends and ends[-1]["reason"] in ("completed", "early_stopped"):
-            return
+            return True
         # The peak of a run is its own when nothing of the one before it is left.
         gc.collect()
         mx.clear_cache()
@@ -258,29 +285,38 @@ class _Runner:
         begun = folder.config_file.exists()
         if begun:
             config = TrainConfig.from_file(folder.config_file)
-        reason = finetune(
-            config,
-            folder,
-            resume=begun,
-            overwrite=not begun,
-            listener=self._watch.listener,
-            should_stop=self._watch.should_stop,
-        )
+        try:
+            reason = finetune(
+                config,
+                folder,
+                resume=begun,
+                overwrite=not begun,
+                listener=self._watch.listener,
+                should_stop=self._watch.should_stop,
+            )
+        except DivergedError:
+            return False
         if reason == "stopped":
             self._save()
             raise Stopped
+        return True
 
-    def _read_result(self, contender: Contender, seed: int, rate: float, name: str) -> RunResult:
+    def _read_result(
+        self, contender: Contender, seed: int, rate: float, name: str, converged: bool
+    ) -> RunResult:
         folder, events = self._run_folder(name), self._events(name)
         start = next(event for event in events if event["event"] == "start")
         steps = [event for event in events if event["event"] == "step"]
-        validations = [(e["step"], e["loss"]) for e in events if e["event"] == "validation"]
-        trained = [loss for step, loss in validations if step > 0 and loss is not None]
-        if not trained:
+        validated = [(e["step"], e["loss"]) for e in events if e["event"] == "validation"]
+        if not validated:
             raise UserError(
                 "There is nothing to compare by: no example is kept for validation. "
                 "Give --valid-data, or a larger --valid-fraction."
             )
+        validations = [(step, loss) for step, loss in validated if loss is not None]
+        trained = [loss for step, loss in validations if step > 0]
+        converged = converged and bool(trained)
+        weights = folder.path / WEIGHTS_FILE
         return RunResult(
             name,
             contender.name,
@@ -292,9 +328,11 @@ class _Runner:
             _step_seconds(events),
             statistics.median(event["tokens_per_second"] for event in steps[_WARM_UP:] or steps),
             max(event["peak_memory_bytes"] for event in steps),
-            min(trained),
-            None if self._general is None else self._general.loss(load_run(folder).base.model),
-            (folder.path / WEIGHTS_FILE).stat().st_size,
+            min(trained) if converged else None,
+            self._general.loss(load_run(folder).base.model)
+            if self._general and converged
+            else None,
+            weights.stat().st_size if weights.exists() else 0,
             validations,
         )
 

@@ -92,29 +92,37 @@ def lines_below(comparison: Comparison) -> Iterator[str]:
         f"same batches and the same start. {spread}"
     )
     yield from _paired(comparison)
-    tried = [r for r in comparison.results if r.seed == first[0].seed]
     for name in comparison.contenders:
-        own = [
-            f"{r.learning_rate:g}: {r.best_validation:.4f}" for r in tried if r.contender == name
-        ]
+        own = [f"{r.learning_rate:g}: {_outcome(r)}" for r in comparison.tried(name)]
         if len(own) > 1:
             yield (
                 f"The learning rate of {name} is the best of {len(own)} by validation loss on the "
                 f"first seed ({', '.join(own)})."
             )
+        lost = [str(r.seed) for r in comparison.of(name) if r.best_validation is None]
+        if lost:
+            yield (
+                f"{name} diverged at that rate with seed {' and '.join(lost)}, which its losses "
+                "leave out."
+            )
     yield from comparison.notes
+
+
+def _outcome(result: RunResult) -> str:
+    loss = result.best_validation
+    return "diverged" if loss is None else f"{loss:.4f}"
 
 
 def _paired(comparison: Comparison) -> Iterator[str]:
     """Differences to LoRA on the same seed: they leave out what the seed does to both."""
     if "lora" not in comparison.contenders:
         return
-    reference = {r.seed: r.best_validation for r in comparison.of("lora")}
+    reference = _losses_by_seed(comparison.of("lora"))
     for name in comparison.contenders:
         pairs = [
-            r.best_validation - reference[r.seed]
-            for r in comparison.of(name)
-            if name != "lora" and r.seed in reference
+            loss - reference[seed]
+            for seed, loss in _losses_by_seed(comparison.of(name)).items()
+            if name != "lora" and seed in reference
         ]
         if len(pairs) > 1:
             lower = sum(difference < 0 for difference in pairs)
@@ -122,6 +130,10 @@ def _paired(comparison: Comparison) -> Iterator[str]:
                 f"{name} - lora on the same seed: {Spread.of(pairs).rounded(4, '+')}, "
                 f"lower on {lower} of {len(pairs)}."
             )
+
+
+def _losses_by_seed(results: list[RunResult]) -> dict[int, float]:
+    return {r.seed: r.best_validation for r in results if r.best_validation is not None}
 
 
 def markdown(comparison: Comparison) -> str:

@@ -32,6 +32,10 @@ from dora_mlx.training.workers import Workers
 SKIPS_BEFORE_GIVING_UP = 5
 
 
+class DivergedError(UserError):
+    """The losses or gradients of a training stay without a finite value."""
+
+
 @dataclass
 class Trainer:
     """Everything a run needs between two steps.
@@ -89,7 +93,7 @@ class Trainer:
         Before every step ``should_stop`` is asked. The last state is in a checkpoint in any case.
 
         Raises:
-            UserError: After several steps in a row without a finite loss.
+            DivergedError: After several steps in a row without a finite loss.
         """
         if self.progress.step == 0:
             self._validate()
@@ -232,7 +236,7 @@ class Trainer:
             message=f"step {step}: loss or gradient is not finite; the update is skipped",
         )
         if skipped >= SKIPS_BEFORE_GIVING_UP:
-            raise UserError(
+            raise DivergedError(
                 f"Stopped at step {step}: {skipped} steps in a row without a finite loss. "
                 "Lower --learning-rate (a tenth is a good next try) and start again; the best "
                 "adapter so far is kept."
