@@ -213,6 +213,19 @@ def checkpoints_newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_CHECKPOINT}*"), reverse=True)
 
 
+def check_run_name(name: str) -> None:
+    """Refuse a name that no run can have.
+
+    Raises:
+        UserError: If it is one.
+    """
+    if not is_run_name(name):
+        raise UserError(
+            f"{name!r} cannot be a run's name: that has up to 100 letters, digits, dots, dashes and "
+            "underscores, and no folder before it."
+        )
+
+
 def new_run(name: str | None, runs_dir: Path, fallback: str) -> RunFolder:
     """The folder for a new run; without a name, ``fallback`` with the first free number.
 
@@ -220,11 +233,7 @@ def new_run(name: str | None, runs_dir: Path, fallback: str) -> RunFolder:
         UserError: If ``name`` cannot be a folder's name.
     """
     if name is not None:
-        if not is_run_name(name):
-            raise UserError(
-                f"--run {name!r} cannot be used: a run's name has up to 100 letters, digits, dots, "
-                "dashes and underscores. Choose the folder it lies in by --runs-dir."
-            )
+        check_run_name(name)
         return RunFolder(runs_dir / name)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", fallback).strip("-._")[:80] or "run"
     number = 1

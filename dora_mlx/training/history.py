@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dora_mlx.errors import UserError
-from dora_mlx.run_folder import RunFolder, find_run, is_run_name
+from dora_mlx.run_folder import RunFolder, check_run_name, find_run, is_run_name
 from dora_mlx.training.events import EVENTS_FILE, Event
 
 RunStatus = Literal[
@@ -116,11 +116,7 @@ def rename_run(name: str, new_name: str, runs_dir: Path) -> RunFolder:
         UserError: If the name is taken or cannot be one, or the run is being trained.
     """
     folder = find_run(name, runs_dir)
-    if not is_run_name(new_name):
-        raise UserError(
-            f"{new_name!r} cannot be a run's name: it has up to 100 letters, digits, dots, dashes "
-            "and underscores."
-        )
+    check_run_name(new_name)
     renamed = RunFolder(runs_dir / new_name)
     if renamed.path.exists():
         raise UserError(f"There is a run {new_name} already. Choose another name.")

@@ -76,13 +76,13 @@ def test_bad_values_are_named_where_they_belong(server, open_page):
     page.locator("#train-rank input").fill("4")
     page.locator("#train-learning-rate :is(input, textarea)").fill("")
     page.locator("#train-start").click()
-    expect(problem).to_contain_text("cannot be used: a run's name has up to 100 letters")
+    expect(problem).to_contain_text("cannot be a run's name: that has up to 100 letters")
     # Half a surrogate pair in an answer would end the connection of the page for good.
     page.locator("#train-name :is(input, textarea)").evaluate(
         "e => { e.value = '\\ud800'; e.dispatchEvent(new Event('input', {bubbles: true})); }"
     )
     page.locator("#train-start").click()
-    expect(problem).to_contain_text(r"'\ud800' cannot be used")
+    expect(problem).to_contain_text(r"'\ud800' cannot be a run's name")
     assert not [path for path in server.runs_dir.iterdir() if "no good" in path.name]
 
 
