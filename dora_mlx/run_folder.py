@@ -221,8 +221,8 @@ def check_run_name(name: str) -> None:
     """
     if not is_run_name(name):
         raise UserError(
-            f"{name!r} cannot be a run's name: that has up to 100 letters, digits, dots, dashes and "
-            "underscores, and no folder before it."
+            f"{name!r} cannot be a run's name: that has up to 100 letters, digits, dots, dashes "
+            "and underscores, and no folder before it."
         )
 
 
