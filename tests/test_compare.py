@@ -142,7 +142,7 @@ def test_a_rate_that_diverges_is_the_worst_of_a_sweep(flags, capsys, narrow):
 
 
 def test_rates_that_all_diverge_are_one_sentence(flags, capsys, narrow):
-    flags += ["--methods", "dora", "--budget", "6steps", "--learning-rates", "dora=0.2/0.1"]
+    flags += ["--methods", "dora", "--budget", "7steps", "--learning-rates", "dora=0.2/0.1"]
     assert compare.main(flags) == 2
     error = capsys.readouterr().err
     assert "dora diverged at every learning rate tried (0.2, 0.1). Give lower ones" in error
