@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from threading import Thread
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -19,6 +21,7 @@ from dora_mlx.training.events import EventLog, read_events
 from dora_mlx.training.finetune import finetune
 from dora_mlx.training.graph import trace
 from dora_mlx.training.graph_memory import peak_of
+from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.memory_plan import Machine, MemoryWatch, fit, plan_for, plan_memory
 
 MEASURED = [
@@ -212,6 +215,29 @@ def test_graph_of_a_function_that_computes_something_only_once(rows):
 
     kinds = [node.kind for node in trace(step, [mx.zeros((8, 8))]).nodes]
     assert kinds.count("Exp") == kinds.count("Cos") == 1
+
+
+# An app plans in one thread and answers a chat in another.
+def test_other_threads_compute_as_always_while_one_plans():
+    seen = []
+
+    def elsewhere():
+        with mx.stream(mx.new_stream(mx.default_device())):
+            seen.append(nn.silu(mx.ones((4, 4))).sum().item())
+
+    def step(x):
+        def inner(x):
+            thread = Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            return nn.silu(x)
+
+        with lean_backward():
+            return list(mx.vjp(inner, [x], [mx.ones((4, 4))])[1])
+
+    graph = trace(step, [mx.ones((4, 4))])
+    assert seen == [pytest.approx(16 * nn.silu(mx.array(1.0)).item())] * 2
+    assert [graph.shapes[name] for name in graph.outputs] == [(4, 4)]
 
 
 def test_skeleton_of_the_starter_is_the_starter(starter):

@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from dora_mlx.training.tracer import Arrays, Tracer, standing_in
+from dora_mlx.training.substitutes import standing_in
+from dora_mlx.training.tracer import Arrays, Tracer
 
 # Kind of a node whose output is its input.
 ALIAS = "Alias"

@@ -14,7 +14,7 @@ with MLX's own operations.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, cast
 
@@ -23,10 +23,12 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from dora_mlx.kernels.recomputation import later, recipe_of, remember, remembered
+from dora_mlx.training.substitutes import standing_in
 
 # Queries per chunk of the attention's backward; fewer save nothing that matters.
 QUERIES_PER_CHUNK = 128
 
+_ACTIVATIONS = ("silu", "gelu", "gelu_approx")
 _NORMS_AND_ROPE = ("rms_norm", "layer_norm", "rope")
 
 _attention = mx.fast.scaled_dot_product_attention
@@ -37,25 +39,20 @@ _swiglu = activations.swiglu
 def lean_backward() -> Iterator[None]:
     """Within the block, models keep the results of products for the backward, and little else.
 
-    Works by standing in for the functions the models look up while they run, in this process.
+    Works by standing in for the functions that the models look up while they run in this thread.
     """
-    substitutes: list[tuple[Any, str, Any]] = [
-        (mx.fast, "scaled_dot_product_attention", lean_attention),
-        *((nn, name, _cheap(getattr(nn, name))) for name in ("silu", "gelu", "gelu_approx")),
-        *((mx.fast, name, remembered(getattr(mx.fast, name))) for name in _NORMS_AND_ROPE),
-    ]
-    # Models import swiglu by name, so each has a reference of its own.
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models.") and vars(module).get("swiglu") is _swiglu:
-            substitutes.append((module, "swiglu", lean_swiglu))
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in substitutes]
-    for owner, name, substitute in substitutes:
-        setattr(owner, name, substitute)
-    try:
+    activation_functions = {name: _cheap(getattr(nn, name)) for name in _ACTIVATIONS}
+    fast = {name: remembered(getattr(mx.fast, name)) for name in _NORMS_AND_ROPE}
+    fast["scaled_dot_product_attention"] = lean_attention
+    with ExitStack() as stack:
+        stack.enter_context(standing_in(nn, activation_functions))
+        stack.enter_context(standing_in(mx.fast, fast))
+        models = [m for name, m in sys.modules.items() if name.startswith("mlx_lm.models.")]
+        # They import swiglu by name, so each has a reference of its own.
+        for module in models:
+            if vars(module).get("swiglu") is _swiglu:
+                stack.enter_context(standing_in(module, {"swiglu": lean_swiglu}))
         yield
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
 
 
 def _cheap(function: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -31,7 +31,7 @@ from dora_mlx.training.graph_memory import peak_of
 from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import ChunkedLoss, loss_chunk, plain_loss_sum, why_not_chunked
 from dora_mlx.training.optimizer import GroupedOptimizer
-from dora_mlx.training.tracer import standing_in
+from dora_mlx.training.substitutes import standing_in
 
 Sizes = Counter[str]
 

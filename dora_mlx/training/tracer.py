@@ -6,7 +6,6 @@ results and one for the gradients of its arguments. Autodiff runs once around th
 call's own backward makes is traced beside it. ``graph.py`` puts the two together.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from dora_mlx.training.substitutes import standing_in
+
 Arrays = list[mx.array]
 
 # Values of placeholders, which nothing else in a graph has.
 _FIRST_MARK = 1_000_003
 _MARKS_END = 1 << 24
-
-_lock = threading.RLock()
 
 
 @dataclass
@@ -298,29 +297,3 @@ def _floats(arrays: Arrays) -> Arrays:
 def _refuse_to_evaluate(*_: Any) -> None:
     # As inside mx.compile.
     raise ValueError("what is traced has no values")
-
-
-@contextmanager
-def standing_in(owner: Any, substitutes: dict[str, Any]) -> Iterator[None]:
-    """Within the block, functions of a module or class are others for this thread.
-
-    Other threads, which may be computing, keep the originals.
-    """
-    mine = threading.get_ident()
-    originals = {name: getattr(owner, name) for name in substitutes}
-
-    def chosen(original: Any, substitute: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            function = substitute if threading.get_ident() == mine else original
-            return function(*args, **kwargs)
-
-        return call
-
-    with _lock:
-        for name, substitute in substitutes.items():
-            setattr(owner, name, chosen(originals[name], substitute))
-        try:
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(owner, name, original)
