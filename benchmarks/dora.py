@@ -1,6 +1,7 @@
 """DoRA against LoRA: single layers, whole training steps, and decoding.
 
     python -m benchmarks.dora [--json FILE] [--only layers,few,steps,decode] [--repetitions N]
+                              [--weights 4-bit,dense]
 
 Four variants on the same frozen weights: our DoRA and LoRA, and mlx-lm's. On the CPU mlx-lm's
 LoRA gets our product with the frozen weight too, since MLX's quantized CPU product is some 20
@@ -15,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ RANK, ALPHA, TOKENS = 8, 16.0, 512
 FEW_TOKENS = ((32, 8), (128, 8), (128, 64), (512, 64))
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 16
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
+WEIGHTS = {"4-bit": 4, "dense": None}
 REFERENCE = "mlx-lm LoRA"
 VARIANTS = (REFERENCE, "mlx-lm DoRA", "our LoRA", "our DoRA")
 OWN_LOSS = "mlx-lm LoRA, own loss"
@@ -58,7 +61,8 @@ LLAMA = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-Results = dict[str, dict[str, Measurement]]
+Rows = dict[str, Measurement]
+Results = dict[str, Rows]
 
 
 def main() -> None:
@@ -66,19 +70,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="Write the measurements to this file.")
     parser.add_argument("--only", default="layers,few,steps,decode", help="Parts to run.")
+    parser.add_argument("--weights", default=",".join(WEIGHTS), help="Kinds of frozen weights.")
     parser.add_argument("--repetitions", type=int, default=3, help="Timed runs of every variant.")
     arguments = parser.parse_args()
     about = environment()
     print("\n".join(f"- {name}: {value}" for name, value in about.items()), flush=True)
-    parts: dict[str, Callable[[int], Iterator[tuple[str, dict[str, Measurement]]]]] = {
-        "layers": layers,
-        "few": few,
-        "steps": steps,
-        "decode": decode,
-    }
+    parts = {"layers": layers, "few": few, "steps": steps, "decode": decode}
     results: Results = {}
-    for part in arguments.only.split(","):
-        for title, rows in parts[part](arguments.repetitions):
+    for part, kind in product(arguments.only.split(","), arguments.weights.split(",")):
+        for title, rows in parts[part](kind, arguments.repetitions):
             results[title] = rows
             print(table(title, rows, REFERENCE), flush=True)
     if arguments.json:
@@ -131,31 +131,28 @@ class OneLayer(nn.Module):
         return self.layers[0].proj(x)
 
 
-def layers(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+def layers(kind: str, repetitions: int) -> Iterator[tuple[str, Rows]]:
     """Forward and backward of one layer, the norm included."""
-    for bits in (4, None):
-        for out, width in LAYERS:
-            yield _one_layer(out, width, bits, TOKENS, RANK, repetitions)
+    for out, width in LAYERS:
+        yield _one_layer(out, width, kind, TOKENS, RANK, repetitions)
 
 
-def few(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+def few(kind: str, repetitions: int) -> Iterator[tuple[str, Rows]]:
     """The same with few tokens and high ranks."""
-    for bits in (4, None):
-        for tokens, rank in FEW_TOKENS:
-            yield _one_layer(*LAYERS[0], bits, tokens, rank, repetitions)
+    for tokens, rank in FEW_TOKENS:
+        yield _one_layer(*LAYERS[0], kind, tokens, rank, repetitions)
 
 
 def _one_layer(
-    out: int, width: int, bits: int | None, tokens: int, rank: int, repetitions: int
-) -> tuple[str, dict[str, Measurement]]:
+    out: int, width: int, kind: str, tokens: int, rank: int, repetitions: int
+) -> tuple[str, Rows]:
     x = mx.random.normal((1, tokens, width)).astype(dtype())
     d = mx.random.normal((1, tokens, out)).astype(dtype())
     mx.eval(x, d)
     jobs = {
-        variant: _layer_job(adapted(OneLayer(out, width, bits), variant, rank), x, d)
+        variant: _layer_job(adapted(OneLayer(out, width, WEIGHTS[kind]), variant, rank), x, d)
         for variant in VARIANTS
     }
-    kind = f"{bits}-bit" if bits else "dense"
     title = f"One layer {out} from {width}, {kind}, {tokens} tokens, rank {rank}"
     return title, measure(jobs, repetitions)
 
@@ -175,21 +172,19 @@ def _layer_job(model: nn.Module, x: mx.array, d: mx.array) -> Callable[[], objec
     return job
 
 
-def steps(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+def steps(kind: str, repetitions: int) -> Iterator[tuple[str, Rows]]:
     """A whole training step: loss, gradients, Adam."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, LLAMA["vocab_size"], (4, 513)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((4, 512), np.float32))
-    for bits in (4, None):
-        for checkpointing in (False, True):
-            jobs = {
-                variant: _step_job(variant, bits, batch, checkpointing)
-                for variant in (*VARIANTS, OWN_LOSS, AS_TRAINED)
-            }
-            kind = f"{bits}-bit" if bits else "dense"
-            how = "with" if checkpointing else "without"
-            title = f"Step of a {kind} llama of 105M, 4x512 tokens, {how} gradient checkpointing"
-            yield title, measure(jobs, repetitions)
+    for checkpointing in (False, True):
+        jobs = {
+            variant: _step_job(variant, WEIGHTS[kind], batch, checkpointing)
+            for variant in (*VARIANTS, OWN_LOSS, AS_TRAINED)
+        }
+        how = "with" if checkpointing else "without"
+        title = f"Step of a {kind} llama of 105M, 4x512 tokens, {how} gradient checkpointing"
+        yield title, measure(jobs, repetitions)
 
 
 def _llama(bits: int | None, variant: str) -> nn.Module:
@@ -223,11 +218,11 @@ def _step_job(
     return job
 
 
-def decode(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
+def decode(kind: str, repetitions: int) -> Iterator[tuple[str, Rows]]:
     """An answer with the adapter not merged: its prompt, and then one token at a time."""
-    models = {variant: _llama(4, variant).eval() for variant in VARIANTS}
+    models = {variant: _llama(WEIGHTS[kind], variant).eval() for variant in VARIANTS}
     jobs = {variant: _prompt_job(model) for variant, model in models.items()}
-    title = f"4-bit llama of 105M: a prompt of {PROMPT_TOKENS} tokens, norms included"
+    title = f"{kind} llama of 105M: a prompt of {PROMPT_TOKENS} tokens, norms included"
     yield title, measure(jobs, repetitions)
     with ExitStack() as stack:
         for model in models.values():
@@ -236,7 +231,7 @@ def decode(repetitions: int) -> Iterator[tuple[str, dict[str, Measurement]]]:
         rows = measure(jobs, repetitions)
     for row in rows.values():
         row.tokens = ANSWER_TOKENS
-    yield f"4-bit llama of 105M: {ANSWER_TOKENS} tokens of an answer, one at a time", rows
+    yield f"{kind} llama of 105M: {ANSWER_TOKENS} tokens of an answer, one at a time", rows
 
 
 def _prompt_job(model: nn.Module) -> Callable[[], object]:
