@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -204,14 +205,14 @@ def _step_job(
     optimizer = optim.Adam(1e-4)
     optimizer.init(model.trainable_parameters())
     loss = plain_loss_sum if variant == OWN_LOSS else ChunkedLoss()
-    function = nn.value_and_grad(model, loss)
+    function = nn.value_and_grad(model, partial(loss, model))
 
     def job() -> object:
         with ExitStack() as stack:
-            stack.enter_context(hoisted_norms(model, at_entry=checkpointing))
+            stack.enter_context(hoisted_norms(model))
             stack.enter_context(lean_backward() if variant == AS_TRAINED else nullcontext())
             stack.enter_context(checkpointed_blocks(model) if checkpointing else nullcontext())
-            value, gradients = function(model, batch)
+            value, gradients = function(batch)
         optimizer.update(model, gradients)
         return value, model.trainable_parameters(), optimizer.state
 

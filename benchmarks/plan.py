@@ -46,10 +46,11 @@ SIZES: dict[str, Any] = {
 }
 FOUR_BIT = {"quantization": {"group_size": 64, "bits": 4}}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
+    "llama": {**FOUR_BIT, "tie_word_embeddings": False},
     "qwen3": {**FOUR_BIT, "vocab_size": 32000},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3_text": {
+        **FOUR_BIT,
         "sliding_window": 64,
         "sliding_window_pattern": 3,
         "query_pre_attn_scalar": 32,
@@ -57,6 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"num_key_value_heads": 8, "tie_word_embeddings": False},
     "olmo2": {},
     "mixtral": {
+        **FOUR_BIT,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "intermediate_size": 512,

@@ -25,7 +25,7 @@ from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.memory_plan import Machine, MemoryWatch, fit, plan_for, plan_memory
 
 MEASURED = [
-    Row("gemma2", 4, 64, {"grad_checkpoint": True}),
+    Row("llama", 4, 128, {"grad_checkpoint": True}),
     Row("llama", 1, 512, {"grad_checkpoint": False}),
     Row("qwen3", 4, 64, {"grad_checkpoint": True}),
     Row("gemma3_text", 4, 64, {"grad_checkpoint": False}),

@@ -97,12 +97,23 @@ def evaluate(*arrays: mx.array) -> bool:
     return True
 
 
+def same_values(some: Sequence[mx.array], others: Sequence[mx.array]) -> bool | None:
+    """Whether arrays have the same values; ``None`` where they have none, as in ``mx.compile``."""
+    if len(some) != len(others):
+        return False
+    pairs = [(x, y) for x, y in zip(some, others, strict=True) if x is not y]
+    if not pairs:
+        return True
+    equal = mx.stack([mx.array_equal(x, y, equal_nan=True) for x, y in pairs]).all()
+    return bool(equal.item()) if evaluate(equal) else None
+
+
 class AdaptedNorm(ABC):
     """``||W + s (A B)^T||`` of each row or column, for the W of one frozen layer.
 
-    The sums of squares of W alone are kept as long as the arrays in ``base`` are the very objects
-    that they were computed from, so loading or assigning other weights makes new sums. What this
-    does not see is a write *into* an array, such as ``base.weight[0] = 1``.
+    The sums of squares of W alone are kept as long as the arrays in ``base`` are those that they
+    were computed from, or have their values, so loading or assigning other weights makes new sums.
+    What this does not see is a write *into* an array, such as ``base.weight[0] = 1``.
 
     Args:
         base: The frozen layer that holds W.
@@ -150,10 +161,13 @@ class AdaptedNorm(ABC):
     def square_sums(self) -> mx.array:
         """``||w||^2`` of every row or column: float32, added up in two levels."""
         sources = self.sources()
-        if len(sources) == len(self._sources) and all(map(_same, sources, self._sources)):
+        # Of a model that is an argument of mx.value_and_grad, all arrays are replaced meanwhile.
+        if same_values(sources, self._sources):
             return self._square_sums
         sums = mx.stop_gradient(self._sum_squares())
         if evaluate(sums):
+            # Through NumPy: what is computed meanwhile keeps all that it was computed from.
+            sums = mx.array(np.array(sums))
             self._sources, self._square_sums = sources, sums
         return sums
 
@@ -311,7 +325,3 @@ def safe_norms(updates: Sequence[tuple[AdaptedNorm, Update]]) -> list[mx.array]:
         flat[chosen] = norm.direct(update, chosen)
         norms[i] = flat.reshape(norms[i].shape)
     return norms
-
-
-def _same(one: mx.array, other: mx.array) -> bool:
-    return one is other

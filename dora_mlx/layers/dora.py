@@ -17,7 +17,14 @@ import mlx.nn as nn
 
 from dora_mlx.kernels.frozen_product import on_cpu
 from dora_mlx.kernels.gain_backward import expert_gain_backward, gain_backward
-from dora_mlx.kernels.row_norm import AdaptedNorm, RowNorm, evaluate, may_cancel, safe_norms
+from dora_mlx.kernels.row_norm import (
+    AdaptedNorm,
+    RowNorm,
+    evaluate,
+    may_cancel,
+    safe_norms,
+    same_values,
+)
 from dora_mlx.layers.lora import LowRankLayer, Terms
 
 
@@ -157,9 +164,17 @@ class DoRA(LowRankLayer):
 
     def _is_as_at_entry(self) -> mx.array | None:
         """Whether A, B and W have the values that they had at entry; ``None`` is a plain yes."""
-        # Other objects can be those of a gradient, of the backward of mx.checkpoint, or arguments
-        # of a compiled function. To look here would run what they hang on, so the graph looks.
-        pairs = zip(self._state(), self._hoisted_from, strict=False)
+        before_a, before_b, *before_w = self._hoisted_from
+        pairs = [(self.lora_a, before_a), (self.lora_b, before_b)]
+        # A W that is another object is that of a gradient, or an argument of a compiled function.
+        # The latter has no values.
+        pairs += [
+            (now, then)
+            for now, then in zip(self._adapted_norm().sources(), before_w, strict=False)
+            if now is not then and not evaluate(now)
+        ]
+        # To look at A would run what it hangs on, which in the backward of mx.checkpoint is all
+        # of the forward, so the graph looks.
         same = [
             mx.array_equal(mx.stop_gradient(now), then, equal_nan=True)
             for now, then in pairs
@@ -202,7 +217,7 @@ class DoRA(LowRankLayer):
 
 
 @contextmanager
-def hoisted_norms(model: nn.Module, at_entry: bool = False) -> Iterator[None]:
+def hoisted_norms(model: nn.Module) -> Iterator[None]:
     """Within the block, every DoRA layer of ``model`` computes its norm once, at its first call.
 
     The norm depends on A, B and W only, so an optimizer step needs it once however many
@@ -216,19 +231,13 @@ def hoisted_norms(model: nn.Module, at_entry: bool = False) -> Iterator[None]:
     Here, and only here, norms whose factored sum may cancel are computed at entry, directly where
     they do (``kernels/row_norm.py``).
 
-    Args:
-        model: The adapted model.
-        at_entry: Compute all norms at entry. That reads W once more, but with gradient
-            checkpointing on the CPU norms that wait for their layer keep dequantized weights of
-            many layers in memory.
-
     Raises:
         RuntimeError: At the end of the block, if A, B or W of a layer changed within it.
     """
     layers = [module for _, module in model.named_modules() if isinstance(module, DoRA)]
     before = [array for layer in layers for array in layer._state()]
     updates = [(layer._adapted_norm(), layer._update()) for layer in layers]
-    at_risk = [i for i, risk in enumerate(may_cancel(updates)) if at_entry or risk]
+    at_risk = [i for i, risk in enumerate(may_cancel(updates)) if risk]
     norms = dict(zip(at_risk, safe_norms([updates[i] for i in at_risk]), strict=True))
     has_values = evaluate(*before)
     for i, layer in enumerate(layers):
@@ -240,20 +249,9 @@ def hoisted_norms(model: nn.Module, at_entry: bool = False) -> Iterator[None]:
         for layer in layers:
             layer._block, layer._hoisted_norm, layer._hoisted_from = None, None, ()
     after = [array for layer in layers for array in layer._state()]
-    if not _equal(before, after):
+    # mx.grad leaves other objects of the same values behind, so identity alone is not enough.
+    if same_values(before, after) is False:
         raise RuntimeError(
             "weights of a DoRA layer changed within hoisted_norms, where its norm did not follow; "
             "update them outside of the block"
         )
-
-
-def _equal(before: list[mx.array], after: list[mx.array]) -> bool:
-    """Whether arrays have the same values; true where they have none yet, as in ``mx.compile``."""
-    # mx.grad leaves other objects of the same values behind, so identity alone is not enough.
-    if len(before) != len(after):
-        return False
-    pairs = [(x, y) for x, y in zip(before, after, strict=True) if x is not y]
-    if not pairs:
-        return True
-    equal = mx.stack([mx.array_equal(x, y, equal_nan=True) for x, y in pairs]).all()
-    return not evaluate(equal) or bool(equal.item())

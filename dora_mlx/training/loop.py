@@ -72,7 +72,10 @@ class Trainer:
         )
         smallest = make_batch(sorted(self.batches.examples, key=len)[:2])
         self._loss_sum, self.loss_notice = best_loss(self.model, smallest)
-        self._loss_and_gradients = nn.value_and_grad(self.model, self._loss_sum)
+        # With the model as an argument, MLX would take its frozen weights for variables as well.
+        self._loss_and_gradients = nn.value_and_grad(
+            self.model, partial(self._loss_sum, self.model)
+        )
 
     @property
     def steps(self) -> int:
@@ -198,7 +201,7 @@ class Trainer:
                 # Seeded by the batch, the dropout of a resumed run needs no saved state.
                 mx.random.seed(self.config.seed * 1_000_003 + position)
                 batch = self.batches.batch(position)
-                part, gradients = self._loss_and_gradients(self.model, batch)
+                part, gradients = self._loss_and_gradients(batch)
                 loss, own_tokens = loss + part, own_tokens + batch.trained_tokens
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
                 mx.eval(loss, total)
@@ -216,15 +219,14 @@ class Trainer:
         """
         self.model.train()
         with self._ready():
-            mx.eval(self._loss_and_gradients(self.model, batch))
+            mx.eval(self._loss_and_gradients(batch))
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """What surrounds the passes of a step."""
         recompute = checkpointed_blocks if self.config.grad_checkpoint else nullcontext
         # The norms depend on parameters that do not change before the update.
-        at_entry = bool(self.config.grad_checkpoint)
-        with hoisted_norms(self.model, at_entry), lean_backward(), recompute(self.model):
+        with hoisted_norms(self.model), lean_backward(), recompute(self.model):
             yield
 
     def _skip(self, step: int) -> int:
