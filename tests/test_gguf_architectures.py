@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import gguf
 import pytest
-from exporting_models import quantize, some_tokens
+from exporting_models import ROWS, quantize, some_tokens
 from gguf_models import CASES, adapt_model, make_model
+from trained_tokenizers import nasty_texts, train
 
 from dora_mlx.exporting.gguf import write_gguf
 from dora_mlx.exporting.gguf.architectures import ARCHITECTURES
+from dora_mlx.exporting.gguf.tokenization import PROBES, as_llama_cpp, check_gguf_tokens
+from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
 from dora_mlx.exporting.logits import compare_logits, logits_of
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.verify import (
@@ -28,10 +31,40 @@ pytestmark = [
 GELU = ("gemma", "starcoder2")
 
 
+# The kind of tokenizer that the published models of an architecture have.
+TOKENIZERS = {
+    "llama": "llama-bpe",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+    "qwen2": "qwen2-nfc",
+    "qwen3": "qwen2-nfc",
+    "gemma": "gemma",
+    "phi3": "phi3",
+    "smollm3": "llama-bpe",
+    "olmo2": "dbrx",
+    "granite": "smollm",
+    "starcoder2": "smollm",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tmp_path_factory):
+    """The folder of a case's tokenizer, trained when it is first asked for."""
+    folders = {}
+
+    def find(case):
+        (kind,) = {kind for name, kind in TOKENIZERS.items() if case.startswith(name)}
+        if kind not in folders:
+            folders[kind] = train(tmp_path_factory.mktemp("tokenizer") / kind, kind)
+        return folders[kind]
+
+    return find
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_the_same(tmp_path, case):
+def test_llama_cpp_computes_and_tokenizes_the_same(tmp_path, tokenizer_of, case):
     base = tmp_path / "base"
-    model = adapt_model(quantize(make_model(base, **CASES[case])))
+    model = adapt_model(quantize(make_model(base, tokenizer_of(case), **CASES[case])))
     weights = MergedWeights(model)
     files = []
     for quant in ("f32", "f16", "q8_0"):
@@ -41,12 +74,15 @@ def test_llama_cpp_computes_the_same(tmp_path, case):
         files.append(file)
     tokens = some_tokens()
     reference, _ = logits_of(model, tokens)
-    results = run_llama_cpp(files, tokens, [])
+    texts = [*PROBES, *nasty_texts(100, seed=3)]
+    results = run_llama_cpp(files, tokens, texts)
     exact, half, eight = (compare_logits(reference, logits) for logits, _ in results)
     assert exact.relative_rms < (3e-3 if case.startswith(GELU) else 1e-4)
     assert exact.top1_agreement > 0.98
     assert half.kl < 1e-3
     assert eight.kl < 5e-2
+    tokenizer = as_llama_cpp(base, read_vocabulary(base, ROWS))
+    check_gguf_tokens(results[0][1], texts, tokenizer, files[0])
 
 
 def without(number):

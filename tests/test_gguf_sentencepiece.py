@@ -5,73 +5,14 @@ import json
 import pytest
 from exporting_models import ROWS, change_json, make_base, some_tokens
 from gguf import GGUFReader
-from test_llama_cpp import nasty_texts
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from trained_tokenizers import LAYOUTS, nasty_texts, train_pieces
 
 from dora_mlx.errors import UserError
 from dora_mlx.exporting.gguf import check_gguf_base, write_gguf
-from dora_mlx.exporting.gguf.tokenization import PROBES, probes_for
+from dora_mlx.exporting.gguf.tokenization import PROBES, as_llama_cpp, check_gguf_tokens
 from dora_mlx.exporting.gguf.vocabulary import Difference, read_vocabulary
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.verify import llama_cpp_is_installed, run_llama_cpp
-
-PREPEND = {"type": "Prepend", "prepend": "\u2581"}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-BOTH = {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}
-METASPACE = {
-    "type": "Metaspace",
-    "replacement": "\u2581",
-    "prepend_scheme": "first",
-    "split": False,
-}
-AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
-# normalizer, pre_tokenizer, and whether a space is put in front.
-LAYOUTS = {
-    "llama": (BOTH, None, True),
-    "mistral": (None, METASPACE, False),
-    "gemma": (REPLACE, {**AT_SPACES, "invert": False}, False),
-    "phi3": (BOTH, None, True),
-}
-ROLES = ("<|user|>", "<|assistant|>", "<|end|>")
-
-
-def train_pieces(folder, layout):
-    """A small BPE over pieces in one of the layouts that checkpoints have."""
-    normalizer, splitter, _ = LAYOUTS[layout]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", *(f"<0x{b:02X}>" for b in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=1900, special_tokens=special, show_progress=False)
-    # llama.cpp holds no token with the character NUL.
-    texts = [text.replace("\0", "") for text in nasty_texts(300, seed=1)]
-    tokenizer.train_from_iterator(texts, trainer)
-    content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][:4]
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    rstrip = layout == "phi3"
-    tokenizer.add_special_tokens([AddedToken(t, rstrip=rstrip, normalized=False) for t in ROLES])
-    if layout == "gemma":
-        tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("<unused1>")])
-    tokenizer.decoder = decoders.ByteFallback()
-    content = json.loads(tokenizer.to_str())
-    content["normalizer"], content["pre_tokenizer"] = normalizer, splitter
-    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    content["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-    }
-    if layout == "phi3":
-        for token in content["added_tokens"]:
-            if token["content"] == "</s>":
-                token["rstrip"] = True
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
-    return folder
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -114,16 +55,8 @@ def test_llama_cpp_tokenizes_the_same(exported):
     vocabulary = read_vocabulary(folder, ROWS)
     assert (Difference.FIRST_SPACE in vocabulary.differences) == (layout == "mistral")
     texts = [*PROBES, *nasty_texts(300, seed=2), "<|user|>\n hi<|end|>\n<|assistant|>", " a", ""]
-    texts = probes_for(vocabulary, texts)
     [(_, tokens)] = run_llama_cpp([file], some_tokens(1, 8), texts)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for key, added in (("plain", False), ("with_special", True)):
-        wrong = [
-            (text, ids, tokenizer.encode(text, add_special_tokens=added).ids)
-            for text, ids in zip(texts, tokens[key], strict=True)
-            if ids != tokenizer.encode(text, add_special_tokens=added).ids
-        ]
-        assert wrong == []
+    check_gguf_tokens(tokens, texts, as_llama_cpp(folder, vocabulary), file)
 
 
 @pytest.mark.parametrize(

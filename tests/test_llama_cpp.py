@@ -1,6 +1,6 @@
 """GGUF files in the real llama.cpp: the same logits and the same tokens, and mistakes noticed."""
 
-import random
+import json
 
 import pytest
 from exporting_models import (
@@ -15,10 +15,12 @@ from exporting_models import (
 )
 from gguf import GGUFReader
 from mlx_lm.utils import load_model
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+from trained_tokenizers import SPLITTERS, crossing_tokenizer, nasty_texts, train
 
-from dora_mlx.exporting.gguf import pretokenizer, vocabulary, write_gguf
-from dora_mlx.exporting.gguf.tokenization import PROBES, check_gguf_tokens, probes_for
+from dora_mlx.exporting.gguf import write_gguf
+from dora_mlx.exporting.gguf.tokenization import PROBES, as_llama_cpp, check_gguf_tokens
+from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.verify import (
     VerificationError,
@@ -83,105 +85,41 @@ def test_verification_notices_a_wrong_model(tmp_path, monkeypatch, mistake):
         verify_gguf(tmp_path / "m.gguf", model, tmp_path / "base", "f16", some_tokens())
 
 
-def crossing_tokenizer(folder, pre_tokenizer, ignore_merges=False):
-    """A vocabulary whose merges cross every boundary, so that only the splitter keeps them apart.
-
-    A vocabulary trained behind its own splitter has no such merges and hides a wrong one.
-    """
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=2040,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(nasty_texts(300, seed=1), trainer)
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    change_json(folder / "tokenizer.json", pre_tokenizer=pre_tokenizer)
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    return folder
-
-
-WORDS = (
-    "a b the Don't you'LL it's 'S 're ' '' x1 12 123 1234 3.14 ½ ² Ⅷ ٣ \n \n\n \r\n \t"
-    " . , ... !? -- /* */ _ __init__ <| |> ( ) {} é Ünï мир 你好 한 हि ไทย 👩\u200d👩\u200d👧 🤷🏽"
-    " e\u0301 ﬁ"
-)
-
-
-def nasty_texts(count, seed):
-    pieces = WORDS.split(" ")
-    pieces += [
-        " ",
-        "  ",
-        "   ",
-        "\n\n\n",
-        "\t\t",
-        "\u00a0",
-        "\u3000",
-        "\u200b",
-        "\ufeff",
-        "\x00\x1f",
-    ]
-    draw = random.Random(seed)
-    return ["".join(draw.choices(pieces, k=draw.randint(1, 25))) for _ in range(count)]
-
-
-def byte_level(use_regex):
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
-def sequence(*steps):
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-DIGITS = {"type": "Digits", "individual_digits": True}
-
-
-def split(regex, behavior="Isolated", invert=False):
-    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
-    return sequence(step, byte_level(False))
-
-
-SPLITTERS = {
-    "gpt-2": (byte_level(True), False),
-    "smollm": (sequence(DIGITS, byte_level(True)), False),
-    "llama-bpe": (split(pretokenizer._LLAMA3), True),
-    "dbrx": (split(pretokenizer._LLAMA3, "Removed", True), False),
-    "qwen2": (split(pretokenizer._QWEN2), False),
-    "qwen35": (split(pretokenizer._QWEN35), False),
-    "tekken": (split(pretokenizer._TEKKEN), True),
-    "gpt-4o": (split(pretokenizer._GPT4O), False),
-}
+def test_spaces_beside_a_token_that_drops_them_are_the_only_difference(tmp_path):
+    folder = train(tmp_path / "tokenizer", "gpt-2")
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    added[1] |= {"lstrip": True, "rstrip": True}
+    change_json(folder / "tokenizer.json", added_tokens=added)
+    model = make_base(tmp_path / "base", tokenizer=folder)
+    write_gguf(MergedWeights(model), tmp_path / "base", tmp_path / "m.gguf")
+    texts = [*PROBES, f"some text  {added[1]['content']}  and more"]
+    [(_, tokens)] = run_llama_cpp([tmp_path / "m.gguf"], some_tokens(1, 8), texts)
+    tokenizer = as_llama_cpp(folder, read_vocabulary(folder, ROWS))
+    check_gguf_tokens(tokens, texts, tokenizer, tmp_path / "m.gguf")
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with pytest.raises(VerificationError, match="some text"):
+        check_gguf_tokens(tokens, texts, own, tmp_path / "m.gguf")
 
 
 # Those whose difference shows in any vocabulary.
 APART = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 
-@pytest.mark.parametrize("name", SPLITTERS)
+@pytest.mark.parametrize("name", [*SPLITTERS, "qwen2-nfc"])
 def test_llama_cpp_tokenizes_the_same(tmp_path, name):
-    folder = crossing_tokenizer(tmp_path / "tokenizer", *SPLITTERS[name])
+    folder = train(tmp_path / "tokenizer", name)
     model = make_base(tmp_path / "base", tokenizer=folder)
     write_gguf(MergedWeights(model), tmp_path / "base", tmp_path / "m.gguf")
     texts = [*PROBES, *nasty_texts(500, seed=2), "<|im_start|>user\nhi 12<|im_end|>\n", ""]
-    texts = probes_for(vocabulary.read_vocabulary(folder, ROWS), texts)
     [(_, tokens)] = run_llama_cpp([tmp_path / "m.gguf"], some_tokens(1, 8), texts)
-    assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == name
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    wrong = [
-        text
-        for text, ids in zip(texts, tokens["plain"], strict=True)
-        if ids != tokenizer.encode(text, add_special_tokens=False).ids
-    ]
-    assert wrong == []
+    pre = GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents()
+    assert pre == name.removesuffix("-nfc")
+    tokenizer = as_llama_cpp(folder, read_vocabulary(folder, ROWS))
+    check_gguf_tokens(tokens, texts, tokenizer, tmp_path / "m.gguf")
+    # Where nothing is known to differ, that is the tokenizer itself.
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    different = [t for t in texts if own.encode(t).ids != tokenizer.encode(t).ids]
+    assert bool(different) == (name in ("tekken", "gpt-4o", "qwen2-nfc"))
 
 
 @pytest.mark.parametrize("name", APART)
@@ -193,10 +131,11 @@ def test_verification_notices_a_wrong_pretokenizer(tmp_path, name):
         files.append(tmp_path / f"{other}.gguf")
         write_gguf(MergedWeights(model), tmp_path / "base", files[-1], pre=other)
     right, *wrong = run_llama_cpp(files, some_tokens(1, 8), PROBES)
-    check_gguf_tokens(right[1], PROBES, folder, files[0])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    check_gguf_tokens(right[1], PROBES, tokenizer, files[0])
     for (_, tokens), file in zip(wrong, files[1:], strict=True):
         with pytest.raises(VerificationError, match=r"llama.cpp tokenizes"):
-            check_gguf_tokens(tokens, PROBES, folder, file)
+            check_gguf_tokens(tokens, PROBES, tokenizer, file)
 
 
 def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from dora_mlx.errors import UserError
 from dora_mlx.exporting.gguf.read import WrittenTensors
-from dora_mlx.exporting.gguf.tokenization import check_gguf_tokens, probes_for
+from dora_mlx.exporting.gguf.tokenization import PROBES, as_llama_cpp, check_gguf_tokens
 from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
 from dora_mlx.exporting.gguf.write import (
     check_gguf_base,
@@ -75,10 +75,10 @@ class GgufWriter:
         vocabulary = read_vocabulary(source.base_dir, plan.rows(), source.pre)
         notes = notes_on(source.weights, plan, vocabulary)
         if llama_cpp_is_installed():
-            texts = probes_for(vocabulary)
+            tokenizer = as_llama_cpp(source.base_dir, vocabulary)
             try:
-                [(logits, cut)] = run_llama_cpp([written], tokens, texts)
-                check_gguf_tokens(cut, texts, source.base_dir, written)
+                [(logits, cut)] = run_llama_cpp([written], tokens, PROBES)
+                check_gguf_tokens(cut, PROBES, tokenizer, written)
             except VerificationError as error:
                 if source.pre is None:
                     raise

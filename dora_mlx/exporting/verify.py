@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 import dora_mlx
 from dora_mlx.exporting.gguf.encoding import encode_block
 from dora_mlx.exporting.gguf.quants import QUANTS
-from dora_mlx.exporting.gguf.tokenization import check_gguf_tokens, probes_for
+from dora_mlx.exporting.gguf.tokenization import PROBES, as_llama_cpp, check_gguf_tokens
 from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
 from dora_mlx.exporting.gguf.write import plan_file
 from dora_mlx.exporting.logits import LIMITS, VerificationError, compare_logits, logits_of
@@ -81,14 +81,14 @@ def verify_gguf(
         return GgufReport(count, None)
     reference, computed_in = logits_of(model, token_ids)
     rows = plan_file(base_dir, MergedWeights(model), quant).rows()
-    texts = probes_for(read_vocabulary(base_dir, rows))
-    [(logits, tokens)] = run_llama_cpp([file], token_ids, texts)
+    [(logits, tokens)] = run_llama_cpp([file], token_ids, PROBES)
     report = compare_logits(reference, logits)
     precision = gguf_precision(quant)
     # Weights of fewer bits change the logits by what no limit can tell from a mistake.
     if precision is not None:
         _check(report, [computed_in, precision], file)
-    check_gguf_tokens(tokens, texts, base_dir, file)
+    tokenizer = as_llama_cpp(base_dir, read_vocabulary(base_dir, rows))
+    check_gguf_tokens(tokens, PROBES, tokenizer, file)
     return GgufReport(count, report)
 
 

@@ -1,13 +1,15 @@
 """Whether llama.cpp cuts text into the same tokens as the tokenizer that a file was made from."""
 
-import unicodedata
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from dora_mlx.exporting.gguf.tokens import steps_of
 from dora_mlx.exporting.gguf.vocabulary import Difference, Vocabulary
 from dora_mlx.exporting.logits import VerificationError
+from dora_mlx.model_config import read_json
 
 # Contractions, runs of digits and spaces, line ends, scripts, joined emoji, special tokens.
 PROBES = (
@@ -21,31 +23,49 @@ PROBES = (
 )
 
 
-def probes_for(vocabulary: Vocabulary, texts: Sequence[str] = PROBES) -> list[str]:
-    """``texts`` without what llama.cpp is known to tokenize otherwise."""
-    if Difference.COMPOSITION in vocabulary.differences:
-        texts = [unicodedata.normalize("NFC", text) for text in texts]
-    if Difference.LETTERS in vocabulary.differences:
-        texts = ["".join(filter(_is_plain, text)) for text in texts]
-    if Difference.FIRST_SPACE in vocabulary.differences:
-        texts = [vocabulary.tokens[vocabulary.bos] + text for text in texts]
-    return list(texts)
+_MARKS = r"[^\r\n\p{L}\p{N}]?"
+# A letter that is no small one of ASCII, and one that is no capital of ASCII.
+_UPPER, _LOWER = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
+_ENDING = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What llama.cpp splits by where it cannot tell letters as the tokenizer does.
+_LETTERS = {
+    "tekken": rf"{_MARKS}{_UPPER}*{_LOWER}+|{_MARKS}{_UPPER}+{_LOWER}*|\p{{N}}{_REST}",
+    "gpt-4o": (
+        rf"{_MARKS}{_UPPER}*{_LOWER}+{_ENDING}|{_MARKS}{_UPPER}+{_LOWER}*{_ENDING}"
+        rf"|\p{{N}}{{1,3}}{_REST}"
+    ),
+}
 
 
-def _is_plain(character: str) -> bool:
-    category = unicodedata.category(character)
-    return category[0] != "M" and (character.isascii() or category not in ("Lu", "Lt"))
+def as_llama_cpp(base_dir: Path, vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizer in ``base_dir`` with what llama.cpp is known to do otherwise, and no more."""
+    content = read_json(base_dir / "tokenizer.json")
+    differences = vocabulary.differences
+    if Difference.COMPOSITION in differences:
+        content["normalizer"] = None
+    if Difference.LETTERS in differences:
+        split = {"pattern": {"Regex": _LETTERS[vocabulary.pretokenizer]}, "invert": False}
+        split |= {"type": "Split", "behavior": "Isolated"}
+        (*_, to_bytes) = steps_of(content, "pre_tokenizer")
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, to_bytes]}
+    if Difference.FIRST_SPACE in differences:
+        for step in steps_of(content, "pre_tokenizer"):
+            step["prepend_scheme"] = "never"
+    if Difference.STRIPPING in differences:
+        for token in content["added_tokens"]:
+            token["lstrip"] = token["rstrip"] = False
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def check_gguf_tokens(
-    tokens: dict[str, list[list[int]]], texts: list[str], base_dir: Path, file: Path
+    tokens: dict[str, list[list[int]]], texts: Sequence[str], tokenizer: Tokenizer, file: Path
 ) -> None:
-    """Compare llama.cpp's tokens of ``texts`` with those of the tokenizer in ``base_dir``.
+    """Compare llama.cpp's tokens of ``texts`` with those of ``tokenizer``.
 
     Raises:
         VerificationError: Naming the text that differs.
     """
-    tokenizer = Tokenizer.from_file(str(base_dir / "tokenizer.json"))
     for key, added in (("plain", False), ("with_special", True)):
         for text, ids in zip(texts, tokens[key], strict=True):
             wanted = tokenizer.encode(text, add_special_tokens=added).ids
