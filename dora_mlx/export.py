@@ -317,6 +317,8 @@ def print_export(write: Callable[[Progress], "ExportReport"]) -> int:
     print(f"Wrote {report.output} ({report.size_bytes / 1e6:.1f} MB).")
     _print_figures(report)
     print("\n".join(report.verdict))
+    if commands := report.next_commands():
+        print("Use it with:", *commands, sep="\n  ")
     return 0
 
 

@@ -2,10 +2,13 @@
 
 import base64
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -86,6 +89,37 @@ def test_rounding_that_undoes_the_training_is_said_and_what_keeps_it_does(run, t
     card = (output / "README.md").read_text()
     assert "has undone much of the training" in card
     assert str(tmp_path) not in card + (output / "export_report.json").read_text()
+
+
+def test_what_the_page_of_exports_shows_works(run, tmp_path, capsys, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    shutil.copytree(run.path, tmp_path / "runs" / "first")
+    page = (STARTER.parents[1] / "docs" / "export.md").read_text()
+    commands = re.search(r"```sh\n(.*?)```", page, re.S)[1].splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        _, _, module, *flags = shlex.split(command)
+        assert module == "dora_mlx.export"
+        assert export.main(flags) == 0, command
+    said = capsys.readouterr().out
+    assert "  llama-cli -m exports/first.gguf" in said
+    assert "Uploaded to me/first." in said
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(snippet, {})
+    size, verdict = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert size.startswith("ExportSize(")
+    assert verdict.startswith(("True (", "False ("))
+
+
+def test_next_commands_name_what_was_written(run, tmp_path):
+    output = tmp_path / "my models" / "pirate"
+    report = replace(export.export_run(run, "mlx", output), format="ollama", run="A+b")
+    assert report.next_commands() == [
+        f"ollama create a-b -f '{output}'/Modelfile",
+        "ollama run a-b",
+    ]
 
 
 def test_a_strict_refusal_keeps_the_export_that_was_there(run, tmp_path):

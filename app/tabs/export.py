@@ -1,6 +1,5 @@
 """The tab Export: the trained model as a file for other programs, with what was measured."""
 
-import shlex
 from typing import Any
 
 import gradio as gr
@@ -150,8 +149,9 @@ def _wire_result(
         if not name or name not in context.exports.names():
             return ""
         place = context.exports_dir / name
+        report = read_export_report(place)
         return view.downloads(context.exports_dir, name) + view.commands(
-            place, _next_commands(context, name)
+            place, [] if report is None else report.next_commands()
         )
 
     connect(page.tick.tick, watch, [seen, done], [seen, job, stop, written, done], queue=False)
@@ -171,21 +171,3 @@ def _open(context: Context, name: str | None) -> None:
         raise UserError("There is no export to show yet.")
     place = context.exports_dir / name
     open_folder(context, place if place.is_dir() else place.parent)
-
-
-def _next_commands(context: Context, name: str) -> list[str]:
-    """How to use an export in the program it is for."""
-    place = context.exports_dir / name
-    report = read_export_report(place)
-    if report is None:
-        return []
-    quoted = shlex.quote(str(place))
-    model = shlex.quote(report.run.lower())
-    return {
-        "gguf": [f"llama-cli -m {quoted}"],
-        "ollama": [f"ollama create {model} -f {quoted}/Modelfile", f"ollama run {model}"],
-        "mlx": [f"mlx_lm.chat --model {quoted}"],
-        "mlx-adapter": [
-            f"mlx_lm.chat --model {shlex.quote(report.training.base)} --adapter-path {quoted}"
-        ],
-    }.get(report.format, [])

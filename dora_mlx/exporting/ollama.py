@@ -72,7 +72,6 @@ class OllamaWriter:
         """Read the GGUF file back; Ollama itself is not run."""
         reading = GGUF.read(source, next(written.glob("*.gguf")), quant, tokens)
         notes = [] if _pieces(source) else [_NO_TEMPLATE]
-        notes.append(f"Create it with: ollama create NAME -f PATH/{MODELFILE} (PATH: this folder).")
         return replace(reading, note=" ".join([*filter(None, [reading.note]), *notes]))
 
 

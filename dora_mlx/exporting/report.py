@@ -1,6 +1,8 @@
 """What an export came to: figures that were measured, and sentences that follow from them."""
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,6 +136,18 @@ class ExportReport:
     def table(self) -> list[str]:
         """The figures as lines of text, one model a line."""
         return list(_table(self))
+
+    def next_commands(self) -> list[str]:
+        """How to use the export in the program it is for; most often one command."""
+        place = shlex.quote(self.output)
+        model = re.sub(r"[^a-z0-9._-]+", "-", self.run.lower())
+        base = shlex.quote(self.training.base)
+        return {
+            "gguf": [f"llama-cli -m {place}"],
+            "ollama": [f"ollama create {model} -f {place}/Modelfile", f"ollama run {model}"],
+            "mlx": [f"mlx_lm.chat --model {place}"],
+            "mlx-adapter": [f"mlx_lm.chat --model {base} --adapter-path {place}"],
+        }.get(self.format, [])
 
 
 def report_path(output: Path) -> Path:
