@@ -75,15 +75,15 @@ def _scales_and_minima(groups: mx.array, top: int, steps: list[float]) -> tuple[
     flat = span == 0
     span = mx.where(flat, 1, span)
 
-    def error(scale: mx.array, low: mx.array, levels: mx.array) -> mx.array:
-        off = scale[..., None] * levels + low[..., None] - groups
-        return (importance * off * off).sum(-1)
-
     lifted = groups - low[..., None]
     scale, minimum = span / top, low
-    best = error(scale, minimum, mx.clip(mx.round((top / span)[..., None] * lifted), 0, top))
+    first = mx.round(lifted / scale[..., None])
+    off = scale[..., None] * first + low[..., None] - groups
+    # By how much it is better than no level at all: for a least-squares fit, see below, that
+    # takes no pass over the weights.
+    best = (weighted * groups - importance * off * off).sum(-1)
     for step in steps:
-        levels = mx.clip(mx.round(((step + top) / span)[..., None] * lifted), 0, top)
+        levels = mx.minimum(mx.round(((step + top) / span)[..., None] * lifted), top)
         wl = importance * levels
         l1, l2, lx = wl.sum(-1), (wl * levels).sum(-1), (wl * groups).sum(-1)
         determinant = w * l2 - l1 * l1
@@ -95,8 +95,8 @@ def _scales_and_minima(groups: mx.array, top: int, steps: list[float]) -> tuple[
         above = candidate_low > 0
         candidate = mx.where(above, lx / mx.where(l2 > 0, l2, 1), candidate)
         candidate_low = mx.where(above, 0, candidate_low)
-        found = error(candidate, candidate_low, levels)
-        better = usable & (found < best)
+        found = candidate * lx + candidate_low * wx
+        better = usable & (found > best)
         scale = mx.where(better, candidate, scale)
         minimum = mx.where(better, candidate_low, minimum)
         best = mx.where(better, found, best)
