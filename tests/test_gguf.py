@@ -1,6 +1,7 @@
 """GGUF files: keys, tensors and refusals by GGUFReader, and the real llama.cpp on top."""
 
 import json
+import math
 
 import gguf
 import mlx.core as mx
@@ -16,6 +17,7 @@ from exporting_models import (
     quantize,
     some_tokens,
 )
+from gguf_models import CASES, adapt_model, make_model
 from mlx_lm.utils import load_model
 
 from dora_mlx.errors import UserError
@@ -347,6 +349,19 @@ def test_progress_counts_bytes(tmp_path):
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
     assert len(seen) == len(tensors) + 1
+
+
+@pytest.mark.parametrize("quant", ["f16", "q4_k_m"])
+def test_experts_are_written_in_less_memory_than_they_take(tmp_path, quant):
+    large = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 128}
+    case = {**CASES["qwen3_moe"], **large, "num_hidden_layers": 1}
+    weights = MergedWeights(adapt_model(quantize(make_model(tmp_path / "base", **case))))
+    largest = 4 * max(math.prod(shape) for shape in weights.shapes().values())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    write_gguf(weights, tmp_path / "base", tmp_path / "m.gguf", quant)
+    assert mx.get_peak_memory() - before < 2 * largest
 
 
 def test_verification_without_llama_cpp_still_compares_every_tensor(tmp_path, monkeypatch):

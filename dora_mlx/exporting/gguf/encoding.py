@@ -17,6 +17,8 @@ _K_QUANTS = {
     Type.Q6_K: kquants.pack_q6_k,
 }
 _Q4_1_WIDTH = 32
+# Blocks of 256 weights searched at once: what a search holds of them fits a processor's cache.
+_SEARCHED = 2048
 
 
 def encode_block(block: mx.array, tensor_type: Type, name: str) -> NDArray[np.generic]:
@@ -36,7 +38,9 @@ def encode_block(block: mx.array, tensor_type: Type, name: str) -> NDArray[np.ge
     check_finite(block, mx.float16, name)
     pack = _K_QUANTS.get(tensor_type)
     if pack is not None:
-        return pack(block.reshape(-1, kquants.BLOCK))
+        rows = block.reshape(-1, kquants.BLOCK)
+        starts = range(0, rows.shape[0], _SEARCHED)
+        return np.concatenate([pack(rows[start : start + _SEARCHED]) for start in starts])
     quantized: NDArray[np.generic] = gguf.quantize(np.array(block), tensor_type)
     return quantized
 
