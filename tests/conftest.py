@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: small real models, never mocks."""
 
 import json
+import signal
 from pathlib import Path
 
 # Importing dora_mlx first gives MLX a fast BLAS in every test process.
@@ -11,6 +12,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from dora_mlx.loading import LoadedModel, load_base
 from dora_mlx.registry import models_dir
 from dora_mlx.run_folder import RunFolder
+
+# A shell ignores Ctrl-C for what it starts in the background, and programs that a test starts
+# would inherit that and not be stopped.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

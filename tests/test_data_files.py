@@ -223,7 +223,7 @@ def test_a_hundred_seeded_faults_are_all_named_in_one_report(tmp_path):
 
 def test_the_same_fault_in_line_after_line_is_told_once(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("frage,antwort\n" + "Wie?,So.\n" * 3 + "Nur das,\n" + "Wie?,So.\n" * 400)
+    path.write_text("frage,antwort\n" + "Wie?,So.\n" * 3 + "Nur das\n" + "Wie?,So.\n" * 400)
     with pytest.raises(UserError, match="has 404 bad lines") as caught:
         read_records(path)
     listing = str(caught.value).splitlines()[1:]

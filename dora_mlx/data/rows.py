@@ -177,8 +177,7 @@ def _table_row(line: int, header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
         fault = f"{len(cells)} columns where the header names {len(header)}"
         return Row(line, fault=fault)
-    # An empty cell is an absent value: tables have no other way to say so.
-    return Row(line, {name: cell for name, cell in zip(header, cells, strict=True) if cell})
+    return Row(line, dict(zip(header, cells, strict=True)))
 
 
 def _paragraphs(text: TextIO) -> Iterator[Row]:

@@ -277,8 +277,8 @@ def _advice(
         yield f"{flags} would need {gigabytes(other.peak)}."
     if other.verdict == "does not fit":
         yield (
-            f"The weights alone take {gigabytes(now.parts['weights'])}: a smaller model, or one "
-            "of fewer bits, is the way."
+            f"{gigabytes(now.parts['weights'])} of it are weights: take a smaller model, or one of "
+            "fewer bits."
         )
 
 
