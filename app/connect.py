@@ -81,6 +81,21 @@ def connect(
     )
 
 
+def follow(
+    triggers: Any,
+    handler: Callable[..., Any],
+    inputs: Any,
+    outputs: Any,
+    *,
+    queue: bool = False,
+) -> Any:
+    """Keep ``outputs`` up to date: ``connect`` for short handlers, of which the last call counts.
+
+    What triggers one while it runs makes it run once more.
+    """
+    return connect(triggers, handler, inputs, outputs, queue=queue, trigger_mode="always_last")
+
+
 def _cleaned(value: Any) -> Any:
     if isinstance(value, str):
         return html.clean(value)

@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
+from app.clock import Clock
 from app.exports import Exports
 from app.run_watch import RunWatch
 from app.trainings import Trainings
 from app.workers import Worker
+from dora_mlx import list_runs
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,22 @@ class Context:
         """The export that is under way, or was last."""
         return Exports(self.exports_dir, self.export)
 
+    def now(self) -> tuple[str, str]:
+        """What a page shows, as two fingerprints: (what there is, how far it is).
+
+        The first differs when a run comes, ends, goes or has something new to use; the second
+        also with every step of a training and every part of an export.
+        """
+        runs = list_runs(self.runs_dir)
+        active = [self.watch.look(run.name).version for run in runs if run.is_active]
+        there = [
+            (run.name, run.status, run.has_adapter, run.best_validation, run.is_active or run.step)
+            for run in runs
+        ]
+        activity = self.trainings.status()
+        done = self.exports.names(), self.exports.job
+        return _fingerprint(there, activity), _fingerprint(there, activity, active, done)
+
     @property
     def last_data_file(self) -> Path:
         """What was chosen last on the tab Data."""
@@ -54,19 +74,24 @@ class Context:
         return self.runs_dir / ".app" / "data"
 
 
+def _fingerprint(*facts: Any) -> str:
+    return blake2b(repr(facts).encode(), digest_size=12).hexdigest()
+
+
 @dataclass(frozen=True)
 class Page:
     """Components that belong to no single tab.
 
     Attributes:
         blocks: The page; ``connect(page.blocks.load, ...)`` runs when a browser opens it.
-        tick: Fires every second; connect it with ``queue=False``.
+        clock: Tells when there is something new to show.
         data: Options of ``TrainConfig`` that the Data tab decides, as a dictionary: ``data``,
             ``columns`` and so on. Empty until there is data.
-        run: Name of the run that the page looks at, or ``None``.
+        run: Name of the run that the page looks at, or ``None``. What sets it goes through
+            Gradio's queue, or nobody would be told.
     """
 
     blocks: gr.Blocks
-    tick: gr.Timer
+    clock: Clock
     data: gr.State
     run: gr.State

@@ -3,7 +3,8 @@
 import gradio as gr
 
 from app import machine
-from app.connect import connect
+from app.clock import Clock
+from app.connect import follow
 from app.context import Context, Page
 from app.tabs import changes, chat, data, export, train
 from app.views import header
@@ -16,13 +17,12 @@ _TABS = (
     ("What changed", "changes", changes.build),
     ("Export", "export", export.build),
 )
-_TICK_SECONDS = 1.0
 
 
 def build_page(context: Context) -> gr.Blocks:
     """The whole page of a server."""
     with gr.Blocks(title="dora_mlx", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        page = Page(blocks, gr.Timer(_TICK_SECONDS), gr.State({}), gr.State(None))
+        page = Page(blocks, Clock(), gr.State({}), gr.State(None))
         status = gr.HTML(_bar(context), elem_id="bar")
         shown = gr.State("")
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
@@ -34,7 +34,8 @@ def build_page(context: Context) -> gr.Blocks:
             now = _bar(context)
             return (gr.skip() if now == before else now), now
 
-        connect(page.tick.tick, refresh, [shown], [status, shown], queue=False)
+        follow(page.clock.progress(), refresh, [shown], [status, shown])
+        page.clock.start(blocks, context.now)
     return blocks
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.connect import connect
+from app.connect import follow
 from app.context import Context, Page
 from app.views import html
 from app.views.numbers import count
@@ -53,12 +53,11 @@ def keep_runs(context: Context, page: Page, run: Any, nothing: Any, body: Any) -
             gr.update(visible=bool(runs)),
         ]
 
-    connect(
-        [page.tick.tick, page.blocks.load],
+    follow(
+        [page.clock.news(), page.run.change],
         refresh,
         [shown, run, page.run],
         [shown, run, nothing, body],
-        queue=False,
     )
 
 

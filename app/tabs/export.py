@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from app import work
-from app.connect import connect
+from app.connect import connect, follow
 from app.context import Context, Page
 from app.folders import open_folder
 from app.run_picker import keep_runs, no_run, run_dropdown
@@ -108,7 +108,9 @@ def _wire_form(context: Context, page: Page, form: dict[str, Any], nothing: Any,
         context.exports.start(folder, name, _format(name).quant(quant).name, bool(replace))
 
     asked = [form["run"], form["format"], form["quant"]]
-    connect(form["format"].change, choose_format, [form["format"]], [form["format"], form["quant"]])
+    # Not "always_last" as the size is: two of these on one event would call each other for ever.
+    connect(form["format"].change, choose_format, [form["format"]],
+            [form["format"], form["quant"]], trigger_mode="multiple")  # fmt: skip
     connect([form["run"].change, form["quant"].change, form["format"].change], measure, asked,
             [form["size"], form["quant"]], notice=form["problem"],
             trigger_mode="always_last")  # fmt: skip
@@ -154,7 +156,7 @@ def _wire_result(
             place, [] if report is None else report.next_commands()
         )
 
-    connect(page.tick.tick, watch, [seen, done], [seen, job, stop, written, done], queue=False)
+    follow(page.clock.progress(), watch, [seen, done], [seen, job, stop, written, done])
     connect(stop.click, lambda: context.exports.stop(), [], [])
     connect(done.change, list_files, [done], [files])
     connect(show.click, lambda name: _open(context, name), [done], [], notice=problem)

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app import work
-from app.connect import connect
+from app.connect import connect, follow
 from app.context import Context, Page
 from app.controls import (
     ADVANCED,
@@ -160,7 +160,9 @@ def _wire_form(
         return plan_view.bar(replace(plan, advice=advice))
 
     connect(preset.input, apply, [preset], components)
-    connect([component.change for component in components], changed, components, [advanced])
+    # Not "always_last" as the plan is: two of these on one event would call each other for ever.
+    connect([component.change for component in components], changed, components, [advanced],
+            trigger_mode="multiple")  # fmt: skip
     connect(
         [page.blocks.load, page.data.change, model.change, *(c.change for c in components)],
         estimate,
@@ -206,14 +208,12 @@ def _wire_start(
         [page.data, model, name, *components],
         [page.run],
         notice=problem,
-        queue=False,
     )
-    connect(
-        [page.tick.tick, page.blocks.load, page.data.change, page.run.change],
+    follow(
+        [page.clock.news(), page.data.change, page.run.change],
         refresh,
         [page.data, label],
         [start, label],
-        queue=False,
     )
 
 

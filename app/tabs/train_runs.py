@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.connect import connect
+from app.connect import connect, follow
 from app.context import Context, Page
 from app.views import html, runs
 from dora_mlx import UserError, list_runs
@@ -61,10 +61,9 @@ def build(context: Context, page: Page) -> None:
     # Of two quick clicks, the second would be dropped as long as the first is under way.
     connect(table.click, act, [page.run, compared], [page.run, compared], notice=problem,
             trigger_mode="multiple")  # fmt: skip
-    connect(
-        [page.tick.tick, page.blocks.load, page.run.change, compared.change],
+    follow(
+        [page.clock.progress(), page.run.change, compared.change],
         refresh,
         [page.run, compared, shown],
         [table, comparison, shown],
-        queue=False,
     )

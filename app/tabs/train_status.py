@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.connect import connect
+from app.connect import connect, follow
 from app.context import Context, Page
 from app.folders import open_folder
 from app.run_watch import RunLook
@@ -74,12 +74,11 @@ def build(context: Context, page: Page) -> None:
             version,
         )
 
-    connect(
-        [page.tick.tick, page.blocks.load, page.run.change],
+    follow(
+        [page.clock.progress(), page.run.change],
         refresh,
         [page.run, seen],
         [status, charts, loss, details, command, pause, stop, resume, seen],
-        queue=False,
     )
     _wire_choice(context, page, choice)
     _wire_actions(context, page, pause, stop, resume, problem)
@@ -143,15 +142,14 @@ def _wire_choice(context: Context, page: Page, choice: Any) -> None:
             return gr.skip(), gr.skip(), gr.skip()
         return gr.update(choices=names, value=run), run, (names, run)
 
-    connect(
-        [page.tick.tick, page.blocks.load, page.run.change],
+    follow(
+        [page.clock.news(), page.run.change],
         refresh,
         [page.run, listed],
         [choice, page.run, listed],
-        queue=False,
+        queue=True,
     )
-    connect(choice.input, lambda name: name, [choice], [page.run], queue=False,
-            trigger_mode="always_last")  # fmt: skip
+    follow(choice.input, lambda name: name, [choice], [page.run], queue=True)
 
 
 def _wire_actions(
