@@ -15,14 +15,16 @@ with MLX's own operations.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
 
+from dora_mlx.kernels.frozen_product import on_cpu
 from dora_mlx.kernels.recomputation import later, recipe_of, remember, remembered
+from dora_mlx.training import cpu_attention
 from dora_mlx.training.substitutes import standing_in
 
 # Queries per chunk of the attention's backward; fewer save nothing that matters.
@@ -91,19 +93,19 @@ def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
     @mx.custom_function
     def forward(gate: mx.array, x: mx.array) -> mx.array:
-        return _swiglu(gate, x)
+        return gate * cpu_attention.sigmoid(gate) * x if on_cpu() else _swiglu(gate, x)
 
     @forward.vjp
     def backward(
         primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
     ) -> tuple[mx.array, ...]:
         gate, x = later(list(primals), cotangent)
-        sigmoid = computed.pop() if computed else mx.sigmoid(gate)
+        sigmoid = computed.pop() if computed else cpu_attention.sigmoid(gate)
         return _swiglu_backward(gate, x, sigmoid, cotangent)
 
     def recipe(cotangent: mx.array) -> mx.array:
         own_gate, own_x = later([gate, x], cotangent)
-        computed[:] = [mx.sigmoid(own_gate)]
+        computed[:] = [cpu_attention.sigmoid(own_gate)]
         return own_gate * computed[0] * own_x
 
     return remember(cast(mx.array, forward(gate, x)), recipe)
@@ -132,10 +134,19 @@ def lean_attention(
         return _attention(queries, keys, values, mask=mask, **options)
 
     recipes = [recipe_of(x) for x in (queries, keys, values)]
+    in_chunks = cpu_attention.serves(queries, options)
 
     @mx.custom_function
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        return _attention(queries, keys, values, mask=mask, **options)
+        if not in_chunks:
+            return _attention(queries, keys, values, mask=mask, **options)
+        results: list[mx.array] = []
+        for rows, seen, part in _chunks(mask, queries.shape[2], keys.shape[2]):
+            # One chunk at a time: its probabilities go before the next one's come.
+            (q,) = mx.depends([queries[:, :, rows]], results[-1:])
+            k, v = keys[:, :, :seen], values[:, :, :seen]
+            results.append(cpu_attention.attend(q, k, v, part, options["scale"]))
+        return mx.concatenate(results, axis=2)
 
     @forward.vjp
     def backward(
@@ -143,26 +154,36 @@ def lean_attention(
     ) -> tuple[mx.array, ...]:
         queries, keys, values = (recipe(cotangent) for recipe in recipes)
         d_queries: list[mx.array] = []
-        d_keys, d_values = mx.zeros_like(keys), mx.zeros_like(values)
-        for start in range(0, queries.shape[2], QUERIES_PER_CHUNK):
-            rows = slice(start, start + QUERIES_PER_CHUNK)
-            seen, part = _visible(mask, rows, queries.shape[2], keys.shape[2])
-
-            def chunk(q: mx.array, k: mx.array, v: mx.array, part: Any = part) -> mx.array:
-                return _attention(q, k, v, mask=part, **options)
-
-            q, d = queries[:, :, rows], cotangent[:, :, rows]
-            if d_queries:
-                # One chunk at a time: its probabilities go before the next one's come.
-                (q,) = mx.depends([q], [d_keys, d_values])
-            inputs = [q, keys[:, :, :seen], values[:, :, :seen]]
-            d_q, d_k, d_v = mx.vjp(chunk, inputs, [d])[1]
-            d_queries.append(d_q)
-            d_keys = d_keys.at[:, :, :seen].add(d_k)
-            d_values = d_values.at[:, :, :seen].add(d_v)
+        d_keys, d_values = keys[:, :, :0], values[:, :, :0]
+        for rows, seen, part in _chunks(mask, queries.shape[2], keys.shape[2]):
+            # As in the forward.
+            q = mx.depends([queries[:, :, rows]], [d_keys, d_values] if d_queries else [])[0]
+            k, v, d = keys[:, :, :seen], values[:, :, :seen], cotangent[:, :, rows]
+            if in_chunks:
+                found = list(cpu_attention.attend_backward(q, k, v, part, options["scale"], d))
+            else:
+                attention = partial(_attention, mask=part, **options)
+                found = mx.vjp(attention, [q, k, v], [d])[1]
+            d_queries.append(found[0])
+            d_keys, d_values = _sum(d_keys, found[1]), _sum(d_values, found[2])
         return mx.concatenate(d_queries, axis=2), d_keys, d_values
 
     return cast(mx.array, forward(queries, keys, values))
+
+
+def _sum(total: mx.array, part: mx.array) -> mx.array:
+    """Gradients of the first keys, of which later chunks see no fewer than earlier ones."""
+    seen = total.shape[2]
+    if seen == part.shape[2]:
+        return total + part
+    return mx.concatenate([total + part[:, :, :seen], part[:, :, seen:]], axis=2)
+
+
+def _chunks(mask: Any, length: int, key_length: int) -> Iterator[tuple[slice, int, Any]]:
+    """Chunks of queries: which, how many keys they may see, and their part of the mask."""
+    for start in range(0, length, QUERIES_PER_CHUNK):
+        rows = slice(start, start + QUERIES_PER_CHUNK)
+        yield rows, *_visible(mask, rows, length, key_length)
 
 
 def _visible(mask: Any, rows: slice, length: int, key_length: int) -> tuple[int, Any]:
