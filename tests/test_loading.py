@@ -245,9 +245,10 @@ def test_gemma3_has_two_bases(folder):
     model, config = gemma3()
     for form in gemma3_forms(config):
         save(folder, model, form)
-        loaded = load_base(folder).model
-        assert rope_bases(loaded) == {BASE, 20_000.0}
-        assert same_logits(loaded, model)
+        loaded = load_base(folder)
+        assert rope_bases(loaded.model) == {BASE, 20_000.0}
+        assert same_logits(loaded.model, model)
+        assert loaded.vocabulary == COMMON["vocab_size"]
 
 
 def test_gemma3_without_a_base_is_a_gemma3(folder):
