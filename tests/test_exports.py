@@ -13,12 +13,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from exporting_models import STARTER
+from gguf_models import CASES, make_model
+from mlx_lm.utils import save_model
 
 import dora_mlx
 from dora_mlx import export, train
+from dora_mlx.config import TrainConfig
 from dora_mlx.exporting.formats import EXPORT_FORMATS, find_format
 from dora_mlx.exporting.job import TrainingLostError
 from dora_mlx.run_folder import RunFolder
+from dora_mlx.training.finetune import finetune
 
 # Few steps: an update small enough for 4 bits to round it away.
 QUICK = ["--steps", "6", "--num-layers", "2", "--steps-per-eval", "6", "--steps-per-save", "6"]
@@ -131,6 +135,15 @@ def test_a_strict_refusal_keeps_the_export_that_was_there(run, tmp_path):
     assert not caught.value.report.keeps_training
     assert caught.value.report.kept_gain < 0.8
     assert (output / "config.json").stat().st_ino == before
+
+
+def test_a_language_model_inside_another_model_is_trained_and_exported(chat_file, tmp_path):
+    base = tmp_path / "base"
+    save_model(base, make_model(base, **CASES["gemma3"]), donate_model=False)
+    place = RunFolder(tmp_path / "runs" / "r")
+    finetune(TrainConfig(model=str(base), data=str(chat_file), steps=1, batch_size=2), place)
+    report = export.export_run(place, "gguf", tmp_path / "m.gguf", quant="f32")
+    assert report.kept_change == pytest.approx(1, abs=0.02)
 
 
 def test_without_the_data_a_prompt_of_our_own_does_and_is_named(run, tmp_path):

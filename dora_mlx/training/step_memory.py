@@ -183,9 +183,11 @@ def _arrays(tree: Any) -> dict[str, mx.array]:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    """Number of logits of a position."""
-    tied = model.get("lm_head") is None
-    return weight_shape(model.model.embed_tokens if tied else model.lm_head)[0]
+    """Number of logits of a position: rows of the output layer, or of the embedding that is it."""
+    weights = [(path, module) for path, module in model.named_modules() if "weight" in module]
+    heads = [module for path, module in weights if "lm_head" in path.split(".")]
+    embeddings = [module for _, module in weights if hasattr(module, "as_linear")]
+    return weight_shape((heads or embeddings)[0])[0]
 
 
 def _batch(shape: BatchShape) -> Batch:
