@@ -130,6 +130,17 @@ def test_pause_file_makes_the_run_wait(chat_file, run, monkeypatch):
     assert len(losses(run)) == 4
 
 
+def test_rest_after_every_pass_changes_no_loss(chat_file, tmp_path, monkeypatch):
+    rests, runs = [], []
+    monkeypatch.setattr("dora_mlx.training.loop.time.sleep", rests.append)
+    for name, pause in (("steady", 0), ("resting", 20)):
+        runs.append(RunFolder(tmp_path / name))
+        options = {"steps": 2, "grad_accumulation_steps": 2, "pause_ms": pause}
+        finetune(quick(chat_file, **options), runs[-1])
+    assert rests == [0.02] * 4
+    assert losses(runs[0]) == losses(runs[1])
+
+
 def resumed(run, **changes):
     """Resume ``run`` as it was, but for ``changes``."""
     config = TrainConfig.from_dict(TrainConfig.from_file(run.config_file).to_dict() | changes)

@@ -1,9 +1,9 @@
 """Attention and activations on the CPU, where exponentials are dear.
 
-MLX's CPU backend takes as long for one exponential as for 40 dot products of width 16, more than
-twice as long as for its power of two numbers, and ten times as long for a choice by a mask as for
-a sum. So an attention in chunks of queries, which skips the keys that none of them sees, adds its
-mask and takes powers of e, costs less than the fused operation, forward and backward.
+For 1.8 million float32 values MLX's CPU backend takes 26 ms for exponentials, 10 ms for powers, 11
+ms to choose by a mask and 1 ms to add (one core, x86-64). So attention in chunks of queries, which
+skips the keys that none of them sees, adds its mask and takes powers of e, costs less than the
+fused operation, forward and backward.
 """
 
 import math
