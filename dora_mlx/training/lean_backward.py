@@ -134,18 +134,20 @@ def lean_attention(
         return _attention(queries, keys, values, mask=mask, **options)
 
     recipes = [recipe_of(x) for x in (queries, keys, values)]
-    in_chunks = cpu_attention.serves(queries, options)
+    for_cpu = cpu_attention.serves(queries, options)
 
     @mx.custom_function
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        if not in_chunks:
-            return _attention(queries, keys, values, mask=mask, **options)
+        # Where gradients are traced, MLX computes all probabilities at once in the forward too.
         results: list[mx.array] = []
         for rows, seen, part in _chunks(mask, queries.shape[2], keys.shape[2]):
             # One chunk at a time: its probabilities go before the next one's come.
             (q,) = mx.depends([queries[:, :, rows]], results[-1:])
             k, v = keys[:, :, :seen], values[:, :, :seen]
-            results.append(cpu_attention.attend(q, k, v, part, options["scale"]))
+            if for_cpu:
+                results.append(cpu_attention.attend(q, k, v, part, options["scale"]))
+            else:
+                results.append(_attention(q, k, v, mask=part, **options))
         return mx.concatenate(results, axis=2)
 
     @forward.vjp
@@ -159,7 +161,7 @@ def lean_attention(
             # As in the forward.
             q = mx.depends([queries[:, :, rows]], [d_keys, d_values] if d_queries else [])[0]
             k, v, d = keys[:, :, :seen], values[:, :, :seen], cotangent[:, :, rows]
-            if in_chunks:
+            if for_cpu:
                 found = list(cpu_attention.attend_backward(q, k, v, part, options["scale"], d))
             else:
                 attention = partial(_attention, mask=part, **options)
