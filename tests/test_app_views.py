@@ -126,9 +126,11 @@ def test_status_tells_steps_time_and_best():
     assert "1 min 30 s" in page
     assert "best 2.000" in page
     assert 'aria-valuenow="10"' in page
+    assert "1.000<small>recent mean" in page
     # A training that is over has no time left, and a loss that was not finite is no figure.
-    over = look(3, [step(4, loss=None)], status="stopped", step=4)
-    assert "1 min 30 s" not in run.status_card(over)
+    over = run.status_card(look(3, [step(4, loss=None)], status="stopped", step=4, loss=None))
+    assert "1 min 30 s" not in over
+    assert f"{html.NOTHING}<small>recent mean" in over
 
 
 def test_time_between_an_end_and_a_resume_does_not_count():

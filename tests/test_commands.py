@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,8 +17,10 @@ from dora_mlx import chat, export, train
 from dora_mlx.__main__ import main as console
 from dora_mlx.command_line import run_command
 from dora_mlx.errors import UserError
+from dora_mlx.readers.progress_bar import ProgressBar
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.events import read_events
+from dora_mlx.training.history import summarize_run
 
 QUICK = ["--steps", "4", "--num-layers", "2", "--steps-per-eval", "4", "--steps-per-save", "2"]
 
@@ -55,6 +58,19 @@ def test_train_says_what_to_try_next_and_those_commands_work(trained, capsys):
     assert {path.name for path in written} == {"second-f16.gguf", "second-f16.export_report.json"}
     log = (trained.path / "log.txt").read_text()
     assert "validation loss" in log
+    # The list of runs has the same loss.
+    loss = summarize_run(trained).loss
+    assert f"loss {loss:.3f} (mean of the last 4 steps), validation loss" in log
+
+
+def test_a_stop_before_any_validation_says_so(trained, tmp_path):
+    bar = ProgressBar(RunFolder(tmp_path))
+    with bar:
+        for event in read_events(trained.path):
+            if event["event"] != "validation" or event["step"] == 0:
+                bar.show(event)
+    log = (tmp_path / "log.txt").read_text()
+    assert re.search(r"validation loss \d+\.\d{3} before training, none since, ", log)
 
 
 def test_chat_answers_once_compares_and_converses(trained, capsys, monkeypatch):

@@ -43,7 +43,8 @@ def test_summary_of_a_finished_run(tmp_path):
         ],
     )
     run = only(tmp_path)
-    assert (run.step, run.loss, run.best_validation) == (10, 0.0, 4.0)
+    # The mean of the last ten steps, whatever lies between them.
+    assert (run.step, run.loss, run.best_validation) == (10, 4.5, 4.0)
     assert run.status == "completed"
     assert not run.can_resume
 
@@ -53,7 +54,7 @@ def test_resume_undoes_what_came_after_its_checkpoint(tmp_path):
     before = [("start", {"resumed_from": None}), *steps(1, 8), validation]
     make_run(tmp_path, events=[*before, ("start", {"resumed_from": 5}), *steps(6, 7)])
     run = only(tmp_path)
-    assert (run.step, run.best_validation) == (7, None)
+    assert (run.step, run.loss, run.best_validation) == (7, 6.0, None)
     # Its process is gone without an end.
     assert run.status == "ended"
     assert run.can_resume

@@ -140,14 +140,13 @@ def _figures(
     """Label, value and unit of the figures under the progress bar."""
     none = html.NOTHING
     last = steps[-1] if steps else {}
-    smooth = chart.smoothed([(e["step"], e["loss"]) for e in steps if e["loss"] is not None])
     best = summary.best_validation
     recent = steps[-_RECENT_STEPS:]
     rate = sum(event["tokens_per_second"] for event in recent) / max(1, len(recent))
     left = _seconds_left(summary, recent)
     memory, unit = gigabytes(last["peak_memory_bytes"]).split() if last else (none, "")
     return [
-        ("Train loss", f"{smooth[-1][1]:.3f}" if smooth else none, ""),
+        ("Train loss", none if summary.loss is None else f"{summary.loss:.3f}", "recent mean"),
         (
             "Validation loss",
             f"{validations[-1][1]:.3f}" if validations else none,

@@ -1,11 +1,13 @@
 """The progress bar of the train command, and the lines above it."""
 
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dora_mlx.atomic import naming
 from dora_mlx.config import flag_of
 from dora_mlx.run_folder import RunFolder
+from dora_mlx.training.events import RECENT_STEPS, recent_loss
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -21,8 +23,8 @@ class ProgressBar:
         self._folder = folder
         self._bar: tqdm[Any] | None = None
         self._log: TextIO | None = None
-        self._loss: float | None = None
-        self._validation: list[float] = []
+        self._losses: deque[float | None] = deque(maxlen=RECENT_STEPS)
+        self._validations: list[tuple[int, float]] = []
         self._last_step: dict[str, Any] | None = None
         self._steps, self._tokens, self._seconds = 0, 0, 0.0
 
@@ -49,7 +51,7 @@ class ProgressBar:
         elif kind == "step":
             self._step(event)
         elif kind == "validation":
-            self._validation.append(event["loss"])
+            self._validations.append((event["step"], event["loss"]))
         line = self._summary(event) if kind == "end" else describe(event)
         if line and self._bar is not None and self._log is not None:
             self._bar.write(line)
@@ -82,11 +84,9 @@ class ProgressBar:
             self._tokens += event["tokens"] - before
             self._seconds += (event["tokens"] - before) / event["tokens_per_second"]
         self._last_step = event
-        loss = event["loss"]
-        # A running mean: the loss of one batch says little.
-        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        self._losses.append(event["loss"])
         self._bar.set_postfix_str(
-            f"loss {self._loss:.3f}, {event['tokens_per_second']:.0f} tokens/s, "
+            f"{self._loss()}, {event['tokens_per_second']:.0f} tokens/s, "
             f"{event['peak_memory_bytes'] / 1e9:.2f} GB",
             refresh=False,
         )
@@ -97,16 +97,29 @@ class ProgressBar:
         if self._last_step is None or self._bar is None:
             return None
         minutes, seconds = divmod(round(self._bar.format_dict["elapsed"]), 60)
-        parts = [f"step {event['step']} after {minutes}:{seconds:02d}", f"loss {self._loss:.3f}"]
-        if self._validation:
-            # A run that goes on may have validated only once, at its end.
-            ends = self._validation[:1] + self._validation[1:][-1:]
-            parts.append("validation loss " + " -> ".join(f"{loss:.3f}" for loss in ends))
+        recent = f"{len(self._losses)} step{'s'[: len(self._losses) > 1]}"
+        parts = [
+            f"step {event['step']} after {minutes}:{seconds:02d}",
+            f"{self._loss()} (mean of the last {recent})",
+        ]
+        if self._validations:
+            parts.append(self._validation_loss())
         if self._seconds:
             parts.append(f"{self._tokens / self._seconds:.0f} trained tokens/s")
         parts.append(f"peak memory {self._last_step['peak_memory_bytes'] / 1e9:.2f} GB")
         reason = event["reason"].replace("_", " ").capitalize()
         return f"{reason}: {', '.join(parts)}"
+
+    def _loss(self) -> str:
+        loss = recent_loss(self._losses)
+        return "no finite loss" if loss is None else f"loss {loss:.3f}"
+
+    def _validation_loss(self) -> str:
+        if self._validations[-1][0] == 0:
+            return f"validation loss {self._validations[0][1]:.3f} before training, none since"
+        # A run that goes on may have validated only once, at its end.
+        ends = self._validations[:1] + self._validations[1:][-1:]
+        return "validation loss " + " -> ".join(f"{loss:.3f}" for _, loss in ends)
 
 
 def describe(event: dict[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ since the epoch). The progress bar is one reader of it and the app another.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,6 +18,9 @@ Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
 EVENTS_FILE = "events.jsonl"
+
+# Steps whose mean is called the training loss of a moment: the loss of one batch says little.
+RECENT_STEPS = 10
 
 
 class EventLog:
@@ -132,6 +135,13 @@ def read_events(folder: Path) -> list[Event]:
     reader = EventReader(folder)
     reader.update()
     return reader.events
+
+
+def recent_loss(losses: Iterable[float | None]) -> float | None:
+    """Mean of the last ``RECENT_STEPS`` losses of steps, those left out that are not finite."""
+    recent = [loss for loss in list(losses)[-RECENT_STEPS:] if loss is not None]
+    finite = [loss for loss in recent if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def _end_last_line(path: Path) -> None:

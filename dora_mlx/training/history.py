@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from dora_mlx.errors import UserError
 from dora_mlx.run_folder import RunFolder, check_run_name, find_run, is_run_name
-from dora_mlx.training.events import EVENTS_FILE, Event
+from dora_mlx.training.events import EVENTS_FILE, RECENT_STEPS, Event, recent_loss
 
 RunStatus = Literal[
     "training", "paused", "completed", "early_stopped", "stopped", "interrupted", "failed", "ended"
@@ -23,8 +24,8 @@ class RunSummary:
     """A run at a glance.
 
     ``status`` is ``ended`` when its process is gone without having said why (killed, power
-    lost); such a run can be resumed. ``created`` is in seconds since the epoch; losses are
-    ``None`` before the first.
+    lost); such a run can be resumed. ``created`` is in seconds since the epoch; ``loss`` is
+    the mean of the last ten steps; losses are ``None`` before the first.
     """
 
     folder: RunFolder
@@ -152,44 +153,46 @@ def _facts(path: Path, inode: int, size: int, changed: int) -> _Facts:
     """
     facts = _Facts(0, None, [], None)
     validations: list[tuple[int, float]] = []
+    losses: list[tuple[int, float | None]] = []
     for event in _milestones(path):
         kind = event.get("event")
         facts.end = event if kind == "end" else None
         if kind == "start":
             facts.step = event.get("resumed_from") or 0
             validations = [(step, loss) for step, loss in validations if step <= facts.step]
+            losses = [(step, loss) for step, loss in losses if step <= facts.step]
         elif kind == "step":
-            facts.step, facts.loss = event["step"], event["loss"]
+            facts.step = event["step"]
+            losses.append((event["step"], event["loss"]))
         elif kind == "validation" and event["step"] > 0 and event["loss"] is not None:
             # Before the first step it was the base model that was measured.
             validations.append((event["step"], event["loss"]))
+    facts.loss = recent_loss(loss for _, loss in losses)
     facts.validations = [loss for _, loss in validations]
     return facts
 
 
 def _milestones(path: Path) -> Iterator[Event]:
-    """The events without the steps that are directly followed by another step."""
-    step: bytes | None = None
+    """The events; of steps that follow each other directly only the last few."""
+    steps: deque[bytes] = deque(maxlen=RECENT_STEPS)
     try:
         with open(path, "rb") as file:
             for line in file:
                 if line.startswith(_STEP) and line.endswith(b"\n"):
-                    step = line
+                    steps.append(line)
                     continue
-                if step is not None:
-                    yield from _decoded(step)
-                    step = None
-                yield from _decoded(line)
+                yield from _decoded(*steps, line)
+                steps.clear()
     except FileNotFoundError:
         return
-    if step is not None:
-        yield from _decoded(step)
+    yield from _decoded(*steps)
 
 
-def _decoded(line: bytes) -> Iterator[Event]:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return
-    if isinstance(event, dict):
-        yield event
+def _decoded(*lines: bytes) -> Iterator[Event]:
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
