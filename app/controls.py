@@ -4,18 +4,14 @@ A new option of ``TrainConfig`` appears in the form by itself: its type decides 
 control, its bounds and help text come along.
 """
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gradio as gr
 
+from app.wording import OPTIONS, in_words_of_the_form, label_of
 from dora_mlx import TrainConfig, UserError, plain_type
 
-Option = dataclasses.Field[Any]
-
-OPTIONS: dict[str, Option] = {option.name: option for option in dataclasses.fields(TrainConfig)}
 _TYPES = get_type_hints(TrainConfig)
 # What the Data tab decides, and the form's own picker.
 DATA_OPTIONS = (
@@ -39,34 +35,13 @@ GROUPS = {
     "optimizer": "Optimizer",
     "steps_per_eval": "Validation and checkpoints",
 }
-_LABELS = {
-    "rslora": "rsLoRA",
-    "lora_b_lr_ratio": "Rate of B",
-    "magnitude_lr_ratio": "Rate of magnitudes",
-    "grad_accumulation_steps": "Gradient accumulation",
-    "grad_checkpoint": "Gradient checkpointing",
-    "max_grad_norm": "Largest gradient norm",
-    "steps_per_eval": "Steps between validations",
-    "steps_per_save": "Steps between checkpoints",
-    "max_seq_length": "Longest example",
-}
 _AUTO = "automatic"
 _SWITCH = {_AUTO: None, "on": True, "off": False}
-
-
-def label_of(name: str) -> str:
-    """``weight_decay`` -> ``Weight decay``."""
-    return _LABELS.get(name) or name.replace("_", " ").capitalize()
 
 
 def help_of(name: str) -> str:
     """The help text with the labels of the form in the place of flags."""
     return in_words_of_the_form(OPTIONS[name].metadata["help"])
-
-
-def in_words_of_the_form(text: str) -> str:
-    """A sentence with the labels of options in the place of their flags."""
-    return re.sub(r"--([a-z][a-z-]+)", lambda found: _labelled(found[1]), text)
 
 
 def control(name: str, **settings: Any) -> Any:
@@ -153,8 +128,3 @@ def config_from(values: Mapping[str, Any], data: Mapping[str, Any]) -> TrainConf
 def _step(default: Any) -> float:
     """What the arrows of a number field add."""
     return 1 if default >= 1 else 0.01
-
-
-def _labelled(flag: str) -> str:
-    name = flag.replace("-", "_")
-    return f"“{label_of(name)}”" if name in OPTIONS else f"--{flag}"

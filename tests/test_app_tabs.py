@@ -201,8 +201,9 @@ def test_export_is_one_job_at_a_time_with_a_report(run, tmp_path):
     assert not job.error
     assert job.report.keeps_training
     assert exports.names() == ["small-safetensors-bf16"]
-    shown = export.job(job)
-    assert "is written" in shown
+    shown = export.job(job, job.output.name)
+    assert "small-safetensors-bf16 is written" in shown
+    assert "Last export: small-safetensors-bf16" in export.job(job, "small-f16.gguf")
     assert "Trained model" in shown
     links = export.downloads(tmp_path, job.output.name)
     assert 'href="/exports/small-safetensors-bf16/model.safetensors"' in links
@@ -228,7 +229,7 @@ def test_stopped_export_leaves_nothing(run, tmp_path):
     exports.wait()
     assert exports.job.error
     assert not list(tmp_path.iterdir())
-    assert "Stopped" in export.job(exports.job)
+    assert "Stopped" in export.job(exports.job, "")
 
 
 def test_size_says_when_there_is_no_room():

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from app.controls import ADVANCED, DATA_OPTIONS, OPTIONS, SHORT_FORM, config_from, help_of, shown
+from app.controls import ADVANCED, DATA_OPTIONS, SHORT_FORM, config_from, help_of, shown
 from app.presets import PRESETS
 from app.run_watch import RunLook
 from app.views import chart, html, plan, run, runs
 from app.views.numbers import count, duration, gigabytes
+from app.wording import OPTIONS, in_words_of_the_form
 from dora_mlx import MemoryPlan, RunFolder, RunSummary, TrainConfig, UserError
 
 EVIL = "<img src=x onerror=alert(1)>\"'&\ud800"
@@ -180,6 +181,14 @@ def test_form_names_all_that_is_wrong_by_its_labels():
     for part in ("“Rank” must be at least 1", "“Epochs” must", "'fast'", "Batch size needs"):
         assert part in text
     assert "--" not in text
+
+
+def test_advice_speaks_of_the_form():
+    said = in_words_of_the_form("This keeps it: --format gguf --quant bf16.")
+    assert said == "This keeps it: format gguf, precision bf16."
+    assert "“Skip bad rows”" in html.problem("Leave them out with --skip-bad-rows.")
+    warning = {"event": "warning", "time": 4.0, "message": "2 are left out (--skip-bad-rows)"}
+    assert "(“Skip bad rows”)" in run.status_card(look(3, [warning]))
 
 
 def test_help_texts_speak_of_the_form():

@@ -14,7 +14,9 @@ from app.views import html
 from dora_mlx import UserError, find_run
 
 _UNMEASURED = html.empty(
-    "Not measured yet", "It reads every trained weight once: seconds for a small model."
+    "Not measured yet",
+    "You will see how far each weight was stretched (magnitude) and turned (direction). Measuring "
+    "reads every trained weight once: seconds for a small model.",
 )
 _BEST = "best"
 

@@ -18,6 +18,8 @@ Turn = dict[str, str]
 Talk = dict[str, list[Turn]]
 
 _BEST = "best"
+_FIRST = "Ask something; both models answer."
+_FIRST_BASE = "The base model answers here, without the adapter."
 
 
 def build(context: Context, page: Page) -> None:
@@ -49,10 +51,10 @@ def _body() -> dict[str, Any]:
     with gr.Row(elem_classes="columns"):
         with gr.Column(min_width=300, elem_classes="bare"):
             adapted_who = gr.HTML(view.who("Adapted", ""))
-            adapted = _chatbot("chat-adapted", "Answers of the adapted model")
+            adapted = _chatbot("chat-adapted", "Answers of the adapted model", _FIRST)
         with gr.Column(min_width=300, elem_classes="bare") as base_column:
             base_who = gr.HTML(view.who("Base", ""))
-            base = _chatbot("chat-base", "Answers of the base model")
+            base = _chatbot("chat-base", "Answers of the base model", _FIRST_BASE)
     questions = gr.Dataset(
         components=[gr.Textbox(visible=False)],
         samples=[],
@@ -75,7 +77,9 @@ def _body() -> dict[str, Any]:
             max_length=100_000,
         )
         send = gr.Button("Send", variant="primary", min_width=86, scale=0, elem_id="chat-send")
-        stop = gr.Button("Stop", variant="stop", min_width=80, scale=0, elem_id="chat-stop")
+        stop = gr.Button(
+            "Stop", variant="stop", interactive=False, min_width=80, scale=0, elem_id="chat-stop"
+        )
         again = gr.Button("Regenerate", min_width=110, scale=0, elem_id="chat-again")
         clear = gr.Button("Clear", min_width=80, scale=0, elem_id="chat-clear")
     pace = gr.HTML(elem_id="chat-pace")
@@ -93,7 +97,7 @@ def _body() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _chatbot(elem_id: str, label: str) -> gr.Chatbot:
+def _chatbot(elem_id: str, label: str, empty: str) -> gr.Chatbot:
     return gr.Chatbot(
         elem_id=elem_id,
         label=label,
@@ -103,7 +107,7 @@ def _chatbot(elem_id: str, label: str) -> gr.Chatbot:
         buttons=["copy"],
         latex_delimiters=[],
         feedback_options=None,
-        placeholder="",
+        placeholder=empty,
         group_consecutive_messages=False,
     )
 
@@ -134,7 +138,7 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
 
     conversation = [ui["adapted"], ui["base"]]
     asking = [ui["run"], ui["state"], ui["with_base"], ui["system"], *ui["sampling"].values()]
-    outputs = [talk, *conversation, ui["message"], ui["pace"]]
+    outputs = [talk, *conversation, ui["message"], ui["pace"], ui["stop"]]
     answers = _Answers(context, list(ui["sampling"]))
     events = [
         connect(
@@ -152,7 +156,8 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
             ([ui["adapted"].edit, ui["base"].edit], answers.to_edited, []),
         )
     ]
-    ui["stop"].click(None, None, None, cancels=events, api_visibility="private")
+    connect(ui["stop"].click, lambda: gr.update(interactive=False), [], [ui["stop"]],
+            queue=False, cancels=events)  # fmt: skip
     connect(
         ui["clear"].click,
         lambda: ({"adapted": [], "base": []}, [], [], "", "", ""),
@@ -169,7 +174,7 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
 
 
 class _Answers:
-    """Handlers that answer: generators of both columns, the message box and the pace."""
+    """Handlers that answer: generators of both columns, the message box, the pace and Stop."""
 
     def __init__(self, context: Context, sampling_names: list[str]):
         self._context = context
@@ -221,6 +226,7 @@ class _Answers:
             questions["base"],
             "",
             view.pace(0, 0, self._is_training),
+            gr.update(interactive=True),
         )
         answers: dict[str, list[Turn]] = {who: [] for who in questions}
         stream = self._context.chat.stream(work.answer, folder, checkpoint, asked, settings)
@@ -232,7 +238,9 @@ class _Answers:
                 *columns,
                 gr.skip(),
                 view.pace(tokens, seconds, self._is_training),
+                gr.skip(),
             )
+        yield *[gr.skip()] * 5, gr.update(interactive=False)
 
     @property
     def _is_training(self) -> bool:

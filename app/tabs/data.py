@@ -10,14 +10,19 @@ from app import work
 from app.connect import connect
 from app.context import Context, Page
 from app.controls import control, meant
+from app.guard import UPLOAD_LIMIT
 from app.last_data import recall, remember
 from app.uploads import keep_upload, uploaded_file, uploads
 from app.views import data as view
 from app.views import html
+from app.views.numbers import gigabytes
 from dora_mlx import UserError, cached_models
 
 # What a file may be called; the content decides what it is.
 _KINDS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz"]
+_ACCEPTED = (
+    f"JSONL, JSON, CSV, TSV, Parquet or text, all also as .gz; up to {gigabytes(UPLOAD_LIMIT)}."
+)
 _SAMPLE = "sample"
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 # Options of TrainConfig that are decided here, besides the sources themselves.
@@ -65,8 +70,14 @@ def _sources_card() -> dict[str, Any]:
             height=120,
             show_label=False,
         )
+        gr.HTML(f'<p class="hint">{_ACCEPTED}</p>', elem_id="data-accepted")
         sample = gr.Button("Use the sample", elem_id="data-sample")
-        chosen = gr.Dropdown([], label="Data on this machine", elem_id="data-chosen")
+        chosen = gr.Dropdown(
+            [],
+            label="Data on this machine",
+            info="What was uploaded before, or the sample.",
+            elem_id="data-chosen",
+        )
         with gr.Accordion("Other sources", open=False, elem_id="data-more"):
             hub = gr.Textbox(
                 label="Data set of the Hugging Face Hub",

@@ -37,7 +37,7 @@ def build(context: Context, page: Page) -> None:
                 show = gr.Button("Open folder", size="sm", elem_id="export-open")
                 problem = gr.HTML(elem_id="export-done-problem")
     _wire_form(context, page, form, nothing, body)
-    _wire_result(context, page, job, stop, written, done, files, show, problem)
+    _wire_result(context, page, form, job, stop, written, done, files, show, problem)
 
 
 _NO_RESULT = html.empty("Nothing exported yet", "Its size, and what is left of the training in it.")
@@ -93,10 +93,7 @@ def _wire_form(context: Context, page: Page, form: dict[str, Any], nothing: Any,
         if not run:
             return gr.skip(), gr.skip()
         folder = find_run(run, context.runs_dir)
-        chosen = _format(name)
-        # A format that was just chosen sends its own precision in a moment.
-        known = quant if quant in {entry.name for entry in chosen.quants} else None
-        picked = chosen.quant(known)
+        picked = _precision(name, quant)
         place = context.exports.place(folder.name, name, picked.name)
         found = context.data.call(work.size_of_export, folder, name, place, picked.name)
         return view.size(found.needed, found.free, place), gr.update(info=picked.help)
@@ -124,24 +121,33 @@ def _format(name: str) -> Any:
     return _FORMATS[name]
 
 
+def _precision(name: str, quant: str) -> Any:
+    """The precision the form shows, or the first one of a format that was just chosen."""
+    chosen = _format(name)
+    known = quant in {entry.name for entry in chosen.quants}
+    return chosen.quant(quant if known else None)
+
+
 def _wire_result(
-    context: Context, page: Page, job: Any, stop: Any, written: Any, done: Any, files: Any,
-    show: Any, problem: Any,
+    context: Context, page: Page, form: dict[str, Any], job: Any, stop: Any, written: Any,
+    done: Any, files: Any, show: Any, problem: Any,
 ) -> None:  # fmt: skip
     seen = gr.State("")
 
-    def watch(before: str, chosen: str | None) -> Any:
-        """The job and the list of exports, when either is other than before."""
+    def watch(before: str, chosen: str | None, run: str | None, name: str, quant: str) -> Any:
+        """The job and the list of exports, when they or what is selected are other than before."""
         state = context.exports.job
         names = context.exports.names()
-        now = f"{names} {state}"
+        precision = _precision(name, quant).name
+        selected = context.exports.place(run, name, precision).name if run else ""
+        now = f"{names} {selected} {state}"
         if now == before:
             return [gr.skip()] * 5
         newest = state.output.name if state is not None and state.report is not None else None
         ended = state is not None and not state.running and str(state) not in before
         value = newest if ended and newest in names else chosen if chosen in names else None
         return [
-            now, view.job(state) or _last_report(context, names),
+            now, view.job(state, selected) or _last_report(context, names, selected),
             gr.update(visible=state is not None and state.running),
             gr.update(visible=bool(names)),
             gr.update(choices=names, value=value or (names[0] if names else None)),
@@ -156,16 +162,21 @@ def _wire_result(
             place, [] if report is None else report.next_commands()
         )
 
-    follow(page.clock.progress(), watch, [seen, done], [seen, job, stop, written, done])
+    selecting = [form["run"], form["format"], form["quant"]]
+    asked, shown = [seen, done, *selecting], [seen, job, stop, written, done]
+    follow(page.clock.progress(), watch, asked, shown)
+    # Not with "follow", for the same reason as the choice of a format.
+    connect([control.change for control in selecting], watch, asked, shown,
+            trigger_mode="multiple", queue=False)  # fmt: skip
     connect(stop.click, lambda: context.exports.stop(), [], [])
     connect(done.change, list_files, [done], [files])
     connect(show.click, lambda name: _open(context, name), [done], [], notice=problem)
 
 
-def _last_report(context: Context, names: list[str]) -> str:
+def _last_report(context: Context, names: list[str], selected: str) -> str:
     """What was measured about the newest export, also by a former server."""
     found = read_export_report(context.exports_dir / names[0]) if names else None
-    return _NO_RESULT if found is None else view.report(found)
+    return _NO_RESULT if found is None else view.report(found, selected)
 
 
 def _open(context: Context, name: str | None) -> None:

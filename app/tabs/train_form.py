@@ -1,7 +1,6 @@
 """The form for a new run."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ from app.context import Context, Page
 from app.controls import (
     ADVANCED,
     GROUPS,
-    OPTIONS,
     config_from,
     control,
-    in_words_of_the_form,
     shown,
 )
 from app.presets import PRESETS
 from app.views import html
 from app.views import plan as plan_view
 from app.views.numbers import count
+from app.wording import OPTIONS
 from dora_mlx import TrainConfig, UserError, cached_models, list_models, new_run
 
 _START = "Start training"
@@ -156,8 +154,7 @@ def _wire_form(
         except UserError:
             # Start says what is wrong; a plan for what cannot be is of no use.
             return ""
-        advice = tuple(in_words_of_the_form(sentence) for sentence in plan.advice)
-        return plan_view.bar(replace(plan, advice=advice))
+        return plan_view.bar(plan)
 
     connect(preset.input, apply, [preset], components)
     # Not "always_last" as the plan is: two of these on one event would call each other for ever.

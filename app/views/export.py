@@ -8,6 +8,7 @@ from urllib.parse import quote
 from app.views import html
 from app.views.html import escape
 from app.views.numbers import gigabytes
+from app.wording import in_words_of_the_form
 
 _PHASES = {
     "starting": "Starting",
@@ -28,8 +29,8 @@ def size(needed: int, free: int, place: Path) -> str:
     return f'<p class="hint figures">{escape(said)}</p>'
 
 
-def job(state: Any) -> str:
-    """How far an export is, or what became of it."""
+def job(state: Any, selected: str) -> str:
+    """How far an export is, or what became of it; ``selected`` is the name the form asks for."""
     if state is None:
         return ""
     title = f"{state.output.name}"
@@ -43,17 +44,25 @@ def job(state: Any) -> str:
         )
     if state.error or state.report is None:
         text = state.error or "It ended without a result; the app's terminal says why."
-        return html.note(text, "bad", title)
-    return report(state.report)
+        return html.note(in_words_of_the_form(text), "bad", title)
+    return report(state.report, selected)
 
 
-def report(found: Any) -> str:
-    """What was measured about an export, in plain words and then in numbers."""
+def report(found: Any, selected: str) -> str:
+    """What was measured about an export, in plain words and then in numbers.
+
+    Args:
+        found: The ``ExportReport``.
+        selected: The name of what the form asks for, which may be another export.
+    """
+    name = Path(found.output).name
+    title = f"{name} is written" if name == selected else f"Last export: {name}"
+    verdict = in_words_of_the_form("\n".join(found.verdict))
     kind = "good" if found.keeps_training else "warn"
     rows = "".join(_row(found, name, label) for name, label in _MODELS)
     read = f"Read back by {found.program}, compared on {found.prompts} prompts from "
     return (
-        html.note("\n".join(found.verdict), kind, f"{Path(found.output).name} is written")
+        html.note(verdict, kind, title)
         + '<div class="scroll" tabindex="0"><table class="figures"><thead><tr><th scope="col">Model'
         '</th><th scope="col">Validation loss</th><th scope="col">Same next token</th>'
         '<th scope="col">KL (nats)</th><th scope="col">Largest logit gap</th></tr></thead>'

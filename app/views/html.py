@@ -4,6 +4,8 @@ import html
 import shlex
 from collections.abc import Iterable
 
+from app.wording import in_words_of_the_form
+
 # Where a figure is not known yet.
 NOTHING = "\N{EN DASH}"
 
@@ -41,8 +43,8 @@ def note(text: str, kind: str = "info", title: str = "") -> str:
 
 
 def problem(text: str) -> str:
-    """What a person has to mend, as a ``UserError`` says it."""
-    return note(text, "bad")
+    """What a person has to mend, as a ``UserError`` says it but without flags."""
+    return note(in_words_of_the_form(text), "bad")
 
 
 def empty(title: str, text: str, tab: str = "", tab_label: str = "") -> str:

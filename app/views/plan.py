@@ -2,6 +2,7 @@
 
 from app.views import html
 from app.views.numbers import gigabytes
+from app.wording import in_words_of_the_form
 from dora_mlx import MemoryPlan
 
 _VERDICTS = {
@@ -27,7 +28,9 @@ def bar(plan: MemoryPlan) -> str:
         f"<b>{gigabytes(size)}</b></li>"
         for number, (name, size) in enumerate(parts)
     )
-    sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in plan.advice)
+    sentences = "".join(
+        f"<li>{html.escape(in_words_of_the_form(sentence))}</li>" for sentence in plan.advice
+    )
     advice = f'<ul class="advice">{sentences}</ul>' if sentences else ""
     return (
         '<div class="plan"><div class="plan-head">'

@@ -8,6 +8,7 @@ from typing import Any
 from app.run_watch import RunLook
 from app.views import chart, html
 from app.views.numbers import count, duration, gigabytes
+from app.wording import in_words_of_the_form
 from dora_mlx import RunSummary
 
 STATUS = {
@@ -190,7 +191,7 @@ def _last_words(look: RunLook) -> str:
     warnings = [str(event["message"]) for event in look.events if event["event"] == "warning"]
     if warnings:
         shown = "\n".join(dict.fromkeys(warnings[-8:]))
-        notes.append(html.note(shown, "warn"))
+        notes.append(html.note(in_words_of_the_form(shown), "warn"))
     return "".join(notes)
 
 

@@ -1,12 +1,13 @@
 """``python -m tests.browser.screenshots [FOLDER]``: pictures of every tab.
 
 In both themes and two widths they go to ``build/screenshots``; those that the README shows are
-made small and go to ``docs/images`` as well. Two runs of the sample are trained for them, which
-takes some minutes; with a FOLDER they stay there and are used again the next time.
+taken first, made small, and go to ``docs/images`` as well. Two runs of the sample are trained for
+them, which takes some minutes; with a FOLDER they stay there and are used again the next time.
 """
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -51,16 +52,24 @@ def main() -> int:
             if not server.exports_dir.exists() or not any(server.exports_dir.iterdir()):
                 _export(page)
             page.close()
-            for theme in ("light", "dark"):
-                for width in WIDTHS:
-                    _photograph(browser, server.url, theme, width)
+            looks = [(theme, width) for theme in ("light", "dark") for width in WIDTHS]
+            shown = {look: [tab for tab, *of in CHOSEN if tuple(of) == look] for look in looks}
+            for look, tabs in shown.items():
+                _photograph(browser, server.url, tabs, *look)
+            _make_small()
+            for look, tabs in shown.items():
+                _photograph(browser, server.url, [t for t in TABS if t not in tabs], *look)
         finally:
             browser.close()
             server.stop()
+    return 0
+
+
+def _make_small() -> None:
+    """Those that the README shows, in few colours."""
     for tab, theme, width in CHOSEN:
         name = f"{tab}-{theme}-{width}.png"
         Image.open(ALL / name).convert("RGB").quantize(_COLOURS).save(SHOWN / name, optimize=True)
-    return 0
 
 
 def _train(page: Page, name: str, **options: object) -> None:
@@ -90,10 +99,10 @@ def _photograph_empty(browser, url: str) -> None:
     page.close()
 
 
-def _photograph(browser, url: str, theme: str, width: int) -> None:
+def _photograph(browser, url: str, tabs: Sequence[str], theme: str, width: int) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
     page.set_default_timeout(PATIENCE_MS)
-    for tab in TABS:
+    for tab in tabs:
         _open(page, url, tab)
         if tab == "train":
             for name in ("talks-like-a-pirate", "first-try"):
