@@ -137,7 +137,7 @@ BAD_TRAININGS = [
     (lambda _: ["--target-modules", "attention"], "matches attention"),
     (lambda _: ["--max-seq-length", "8"], "has no example to train on"),
     (lambda _: ["--resume", "never"], "There is no run 'never'"),
-    (lambda _: ["--run", "../escape"], "cannot be used"),
+    (lambda _: ["--run", "../escape"], "cannot be a run's name"),
     (lambda _: ["--config", "nowhere.json"], "Cannot read the configuration"),
     (lambda _: ["--runs-dir", "/proc/nowhere"], "Cannot make the run folder"),
 ]
