@@ -83,12 +83,14 @@ endef
 
 $(VENV)/installed: pyproject.toml $(STALE)
 	$(make_environment)
-	@echo "Installing dora-mlx into $(VENV) (about a minute) ..."
+	@echo "Installing dora-mlx into $(VENV): some hundred MB, a minute or more."
+	@echo "pip says nothing until it is done ..."
 	@$(PIP) . || $(say_install_failed)
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml $(STALE)
 	$(make_environment)
-	@echo "Installing dora-mlx and its development tools into $(VENV) (about a minute) ..."
+	@echo "Installing dora-mlx and its development tools into $(VENV): some hundred MB,"
+	@echo "a minute or more. pip says nothing until it is done ..."
 	@$(PIP) '.[dev]' || $(say_install_failed)
 	@touch $(VENV)/installed $@

@@ -114,16 +114,19 @@ def _print_statistics(tokenized: "TokenizedSource", seconds: float) -> None:
     print(
         f"\n{numbers.examples:,} examples, {numbers.tokens:,} tokens, {numbers.trained:,} of them "
         f"trained ({numbers.share_trained:.1%})"
+        if numbers.examples
+        else "\nno example is left"
     )
     if treated := ", ".join(f"{number:,} {how}" for how, number in examples.counts.items()):
         print(f"long or empty: {treated}")
-    if numbers.examples:
-        lengths = ", ".join(
-            f"{length:,} ({percent} %)"
-            for percent, length in zip(PERCENTILES, numbers.percentiles, strict=True)
-        )
-        print(f"length in tokens, not exceeded by a share of the examples: {lengths}\n")
-        print("\n".join(histogram(examples.examples.lengths)))
+    if not numbers.examples:
+        return
+    lengths = ", ".join(
+        f"{length:,} ({percent} %)"
+        for percent, length in zip(PERCENTILES, numbers.percentiles, strict=True)
+    )
+    print(f"length in tokens, not exceeded by a share of the examples: {lengths}\n")
+    print("\n".join(histogram(examples.examples.lengths)))
     if tokenized.kept:
         print(f"\nread in {seconds:.1f} s from what was tokenized before")
     else:

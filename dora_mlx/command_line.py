@@ -20,6 +20,14 @@ USER_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
 
+# What pyproject.toml installs, by the names that are imported.
+DEPENDENCIES = frozenset(
+    (
+        *("mlx", "mlx_lm", "scipy_openblas32", "numpy", "gguf", "gradio"),
+        *("huggingface_hub", "sentencepiece", "tokenizers", "tqdm", "tomli"),
+    )
+)
+
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Help 100 columns wide that never breaks a flag at its dashes."""
@@ -133,7 +141,7 @@ def add_option_flags(
         elif get_origin(hint) is Literal:
             keywords["choices"] = get_args(hint)
         elif get_origin(hint) is tuple:
-            keywords |= {"nargs": "+", "metavar": "NAME"}
+            keywords |= {"nargs": "+", "metavar": option.metadata["metavar"]}
         else:
             keywords |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
         group.add_argument(flag_of(option.name), **keywords)
@@ -171,13 +179,23 @@ def run_command(body: Callable[[], int]) -> int:
     """Run a command's body and turn what a person can act on into one message and a code.
 
     Returns:
-        The body's own code; 2 for a ``UserError``; 1 for a full disk or a file that cannot be
-        written; 130 for Ctrl-C. Any other exception is a bug and goes through.
+        The body's own code; 2 for a ``UserError`` or a package that is not installed; 1 for a
+        full disk or a file that cannot be written; 130 for Ctrl-C. Any other exception is a bug
+        and goes through.
     """
     try:
         return body()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in DEPENDENCIES:
+            raise
+        print(
+            f"error: the installation is not complete: {error.name} is missing. Run `make demo` "
+            "again, or `pip install .` in the environment you use.",
+            file=sys.stderr,
+        )
         return USER_ERROR
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)

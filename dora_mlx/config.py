@@ -25,11 +25,12 @@ def knob(
     maximum: float | None = None,
     advanced: bool = False,
     on_resume: bool = False,
+    metavar: str = "NAME",
 ) -> Any:
     """A field of an options dataclass: its default, help text (with units) and bounds.
 
     ``on_resume`` marks what a resumed run may change: its length and its habits, but nothing
-    that the steps so far depend on.
+    that the steps so far depend on. ``metavar`` stands in a help for each value of a list.
     """
     metadata = {
         "help": help,
@@ -37,6 +38,7 @@ def knob(
         "maximum": maximum,
         "advanced": advanced,
         "on_resume": on_resume,
+        "metavar": metavar,
     }
     return field(default=default, metadata=metadata)
 
@@ -74,8 +76,9 @@ class TrainConfig:
     )
     columns: tuple[str, ...] = knob(
         (),
-        "Columns under other names, as KNOWN=NAME: prompt=question completion=answer.",
+        "Columns under other names, the known name first: prompt=question completion=answer.",
         advanced=True,
+        metavar="KNOWN=NAME",
     )
     skip_bad_rows: bool = knob(
         False, "Leave bad rows out and say how many, instead of stopping.", advanced=True

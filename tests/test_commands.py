@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from importlib import import_module
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 
 from dora_mlx import chat, export, train
 from dora_mlx.__main__ import main as console
-from dora_mlx.command_line import run_command
+from dora_mlx.command_line import DEPENDENCIES, run_command
 from dora_mlx.errors import UserError
 from dora_mlx.readers.progress_bar import ProgressBar
 from dora_mlx.run_folder import RunFolder
@@ -320,3 +322,24 @@ def test_exit_codes(capsys):
     assert [run_command(body) for body in (user_error, full, interrupt)] == [2, 1, 130]
     with pytest.raises(OSError, match="a bug"):
         run_command(bug)
+
+
+@pytest.mark.parametrize("name", sorted(DEPENDENCIES))
+def test_a_missing_dependency_is_one_sentence(name, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    assert run_command(lambda: import_module(name)) == 2
+    assert f"{name} is missing. Run `make demo`" in one_sentence_error(capsys)
+
+
+def test_dependencies_are_those_that_are_declared():
+    declared = {
+        re.match(r"[\w-]+", line)[0].replace("-", "_")
+        for line in requires("dora-mlx")
+        if "extra ==" not in line
+    }
+    assert declared == DEPENDENCIES
+
+
+def test_a_missing_module_of_anybody_else_is_a_bug():
+    with pytest.raises(ModuleNotFoundError):
+        run_command(lambda: import_module("no_such_module"))

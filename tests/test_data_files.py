@@ -142,6 +142,8 @@ def test_columns_of_other_names_are_mapped(tmp_path):
         read_records(path)
     with pytest.raises(UserError, match="--columns nonsense=x cannot be used"):
         read_records(path, columns=("nonsense=x",))
+    with pytest.raises(UserError, match="Did you mean prompt=question"):
+        read_records(path, columns=("question=prompt",))
 
 
 def test_tools_and_calls_reach_the_template_as_objects(tmp_path):
@@ -264,7 +266,7 @@ def test_warnings_are_no_errors_and_name_their_lines(tmp_path):
         ("a.json", b'[{"text": "a"}, {"text": }, {"text": 1}]', "column 26: broken JSON"),
         ("a.json", b'[{"text": "a"}, {"text": "b"}', "missing"),
         ("a.json", b'[\n{"text": "a"},\n{"text": 1}]', "line 3: 'text' is a number"),
-        ("a.csv", b"text,other\na,b\nc\n", "line 3: 1 columns where the header names 2"),
+        ("a.csv", b"text,other\na,b\nc\n", "line 3: 1 column where the header names 2"),
         ("a.csv", b'text\n"a', "broken table"),
         ("a.doc", b"hello", "of no known kind"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "cannot be read"),

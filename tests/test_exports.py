@@ -62,7 +62,8 @@ def test_every_format_is_written_read_back_and_measured(run, tmp_path, name):
     )
     assert report.keeps_training
     assert report.kept_change == pytest.approx(1, abs=0.02)
-    assert report.prompts_from == "the run's validation data"
+    assert report.prompts_from.startswith("the run's validation data")
+    assert report.prompts >= 10 or "Few examples: this is a rough check." in report.verdict
     assert report.exported.loss == pytest.approx(report.trained.loss, abs=0.02)
     assert report.base.loss > report.trained.loss
     assert report.exported.difference.top1_agreement > 0.9

@@ -67,7 +67,8 @@ def report(found: Any, selected: str) -> str:
         '</th><th scope="col">Validation loss</th><th scope="col">Same next token</th>'
         '<th scope="col">KL (nats)</th><th scope="col">Largest logit gap</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
-        f'<p class="hint">{escape(read + found.prompts_from)}.</p>'
+        f'<p class="hint">{escape(read + found.prompts_from)}. KL and gap: '
+        "0 is no difference from the trained model.</p>"
     )
 
 

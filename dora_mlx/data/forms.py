@@ -76,6 +76,11 @@ def parse_columns(columns: tuple[str, ...]) -> dict[str, str]:
     for entry in columns:
         known, equals, name = entry.partition("=")
         if not equals or not name or known not in _KNOWN_COLUMNS:
+            if known and name in _KNOWN_COLUMNS:
+                raise UserError(
+                    f"--columns {entry} cannot be used. Did you mean {name}={known}? "
+                    "The known name comes first."
+                )
             raise UserError(
                 f"--columns {entry} cannot be used: write KNOWN=NAME, where KNOWN is one of "
                 f"{', '.join(_KNOWN_COLUMNS)} and NAME a column of the file."

@@ -82,7 +82,10 @@ def find_data(data: Source, valid_data: Source | None = None) -> DataFiles:
 
         splits: dict[str, Any] = dict(hub_splits(str(data)))
     elif not Path(data).exists():
-        raise UserError(f"There is no data at {data}. Give a JSONL file or a folder of them.")
+        raise UserError(
+            f"There is no data at {data}. "
+            f"Give a file ({', '.join(KINDS)}, each also with .gz) or a folder of them."
+        )
     elif Path(data).is_dir():
         splits = {name: _split_file(Path(data), name) for name in SPLITS}
     else:

@@ -175,7 +175,8 @@ def _table_rows(text: TextIO, source: Path) -> Iterator[Row]:
 
 def _table_row(line: int, header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
-        fault = f"{len(cells)} columns where the header names {len(header)}"
+        columns = "1 column" if len(cells) == 1 else f"{len(cells)} columns"
+        fault = f"{columns} where the header names {len(header)}"
         return Row(line, fault=fault)
     return Row(line, dict(zip(header, cells, strict=True)))
 

@@ -4,7 +4,7 @@ A format is one entry here and one module with a ``WRITER`` (``exporting/writer.
 knows the list. Importing this file imports nothing heavy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -64,10 +64,15 @@ class ExportFormat:
         for quant in self.quants:
             if quant.name == name:
                 return quant
-        raise UserError(
-            f"--quant {name} is not available for {self.name}; "
-            f"choose {' or '.join(quant.name for quant in self.quants)}."
-        )
+        own = [quant.name for quant in self.quants if quant.name not in _BY_LLAMA_QUANTIZE]
+        message = f"--quant {name} is not available for {self.name}; choose {_either(own)}."
+        if len(own) < len(self.quants):
+            message += f" With llama.cpp's llama-quantize: {_either(_BY_LLAMA_QUANTIZE)}."
+        raise UserError(message)
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 # What keeps any training, because nothing is merged and nothing rounded.
@@ -150,7 +155,7 @@ EXPORT_FORMATS = (
         "a folder in Hugging Face layout, for Transformers, vLLM, mlx-lm and others",
         "Transformers",
         (_BF16, _F16),
-        keeps="bf16",
+        keeps="f16",
         suffix="",
         writer_at="dora_mlx.exporting.safetensors:WRITER",
     ),
@@ -159,7 +164,7 @@ EXPORT_FORMATS = (
         "one file for llama.cpp, Ollama, LM Studio and others",
         "llama.cpp",
         _GGUF_QUANTS,
-        keeps="bf16",
+        keeps="f16",
         suffix=".gguf",
         writer_at="dora_mlx.exporting.gguf_file:WRITER",
     ),
@@ -168,7 +173,7 @@ EXPORT_FORMATS = (
         "a folder with a GGUF file and the Modelfile to create an Ollama model from",
         "llama.cpp",
         _GGUF_QUANTS,
-        keeps="bf16",
+        keeps="f16",
         suffix="",
         writer_at="dora_mlx.exporting.ollama:WRITER",
     ),

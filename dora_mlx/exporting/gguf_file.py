@@ -29,7 +29,7 @@ from dora_mlx.exporting.writer import ExportSource, Reading
 
 _NOT_INSTALLED = (
     "llama.cpp is not installed here, so the file's own tensors were run in mlx-lm instead: "
-    "install dora-mlx[gguf-verify] to load it in llama.cpp as well."
+    "`pip install 'dora-mlx[gguf-verify]'` to load it in llama.cpp as well."
 )
 
 

@@ -15,6 +15,7 @@ from dora_mlx.exporting.report import LogitReport, ModelFigures
 GOOD_PART = 0.8
 # Nats; a smaller gain than this says nothing about a few prompts.
 _SMALLEST_GAIN = 0.01
+_FEW_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def judge(
         kept_change=kept_change,
         keeps_training=keeps,
         advice=None if keeps else _advice(export_format, quant),
-        sentences=tuple(_sentences(difference, kept, kept_gain is not None, quant, export_format)),
+        sentences=tuple(
+            _sentences(
+                difference, kept, kept_gain is not None, len(prompts.lengths), quant, export_format
+            )
+        ),
     )
 
 
@@ -86,6 +91,7 @@ def _sentences(
     difference: LogitReport,
     kept: float,
     of_loss: bool,
+    examples: int,
     quant: Quant,
     export_format: ExportFormat,
 ) -> Iterator[str]:
@@ -100,5 +106,7 @@ def _sentences(
         f"{difference.top1_agreement:.1%} of the positions it chooses the same next token as the "
         "trained model."
     )
+    if examples < _FEW_EXAMPLES:
+        yield "Few examples: this is a rough check."
     if kept < GOOD_PART:
         yield f"This keeps it: {_advice(export_format, quant)}."

@@ -69,7 +69,7 @@ def prompts_of_run(saved: dict[str, Any], tokenizer: Any, vocabulary: int) -> Pr
     note = ", whose content has changed since the training" if changed else ""
     for examples, kind in ((data.valid.examples, "validation"), (data.train.examples, "training")):
         if len(examples):
-            return _chosen(examples, vocabulary, f"the run's {kind} data{note}")
+            return _chosen(examples, vocabulary, f"the run's {kind} data", note)
     return fallback_prompts(tokenizer, "the run's data has no example")
 
 
@@ -84,7 +84,7 @@ def fallback_prompts(tokenizer: Any, reason: str) -> Prompts:
     return _prompts([example], False, f"one prompt of our own, because {reason}")
 
 
-def _chosen(examples: Examples, vocabulary: int, origin: str) -> Prompts:
+def _chosen(examples: Examples, vocabulary: int, origin: str, note: str) -> Prompts:
     """Examples evenly spaced over the set, as many as memory is set aside for."""
     positions = _LOGIT_VALUES // vocabulary
     length = min(_LENGTH, max(2, positions))
@@ -95,7 +95,8 @@ def _chosen(examples: Examples, vocabulary: int, origin: str) -> Prompts:
         for index in indices
         for part in fit(examples[int(index)], length, "truncate-prompt", keep_first=True)
     ]
-    return _prompts(cut, True, origin)
+    share = f" ({count} of {len(examples)} examples)" if count < len(examples) else ""
+    return _prompts(cut, True, origin + share + note)
 
 
 def _prompts(examples: list[Example], measures_loss: bool, origin: str) -> Prompts:

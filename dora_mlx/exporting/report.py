@@ -169,7 +169,7 @@ def read_export_report(output: Path) -> ExportReport | None:
 
 
 def _table(report: ExportReport) -> Iterator[str]:
-    yield f"{'':<14}{'loss':>8}{'same first choice':>19}{'KL (nats)':>11}{'largest logit gap':>19}"
+    yield f"{'':<14}{'loss':>8}{'same next token':>19}{'KL (nats)':>11}{'largest logit gap':>19}"
     for name in ("base", "trained", "exported"):
         figures: ModelFigures = getattr(report, name)
         loss = "-" if figures.loss is None else f"{figures.loss:.4f}"
@@ -182,3 +182,4 @@ def _table(report: ExportReport) -> Iterator[str]:
                 f"{line}{other.top1_agreement:>19.1%}{other.kl:>11.2g}"
                 f"{other.max_abs_logit_difference:>19.2g}"
             )
+    yield "(KL and gap: 0 is no difference from the trained model)"
