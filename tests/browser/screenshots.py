@@ -105,6 +105,8 @@ def _photograph(browser, url: str, tabs: Sequence[str], theme: str, width: int) 
     for tab in tabs:
         _open(page, url, tab)
         if tab == "train":
+            expect(page.locator("#train-start")).to_have_text("Start training")
+            expect(page.locator(".plan")).to_be_visible()
             for name in ("talks-like-a-pirate", "first-try"):
                 page.locator(f"[data-compare={name}]").click()
                 expect(page.locator(f"[data-compare={name}]")).to_be_checked()
@@ -112,7 +114,13 @@ def _photograph(browser, url: str, tabs: Sequence[str], theme: str, width: int) 
             page.locator("#chat-message textarea").fill("What is the capital of France?")
             page.locator("#chat-send").click()
             expect(page.locator("#chat-pace")).to_contain_text("tokens/s")
+            expect(page.locator("#chat-stop")).to_be_disabled()
+            # Once more, because the first answer's pace has the model's first touch in it.
+            page.locator("#chat-pace p").evaluate("said => { said.textContent = ''; }")
+            page.locator("#chat-again").click()
+            expect(page.locator("#chat-pace")).to_contain_text("tokens/s")
             expect(page.locator("#chat-base .bot").last).to_contain_text(".")
+            expect(page.locator("#chat-stop")).to_be_disabled()
         elif tab == "changes":
             page.locator("#changes-measure").click()
             expect(page.locator("#changes-result")).to_contain_text("down_proj")
