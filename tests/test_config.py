@@ -122,7 +122,7 @@ def test_resume_takes_no_option_that_its_steps_depend_on(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "x" * 101, "a b"])
 def test_run_name_cannot_leave_the_runs_folder(name):
-    with pytest.raises(UserError, match="--run"):
+    with pytest.raises(UserError, match="cannot be a run's name"):
         parse("--run", name)
 
 
