@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -93,8 +94,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     print(f"Serving {', '.join(server.names)} at {server.url}", flush=True)
     with _interrupted_by(signal.SIGTERM), suppress(KeyboardInterrupt):
         server.run()
-    print("Stopped.")
-    return 0
+    print("Stopped.", flush=True)
+    # Threads of connections that are still open cannot be joined, and an interpreter that ends
+    # under one of them has been seen to abort. Everything is closed, so the process just ends.
+    os._exit(0)
 
 
 def _check_address(arguments: argparse.Namespace) -> None:
