@@ -15,7 +15,6 @@ def standing_in(owner: Any, substitutes: dict[str, Any]) -> Iterator[None]:
     Other threads, which may be computing, keep the originals.
     """
     mine = threading.get_ident()
-    originals = {name: getattr(owner, name) for name in substitutes}
 
     def chosen(original: Any, substitute: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -25,6 +24,8 @@ def standing_in(owner: Any, substitutes: dict[str, Any]) -> Iterator[None]:
         return call
 
     with _lock:
+        # Read here, because before it they may be what another thread has put there for a while.
+        originals = {name: getattr(owner, name) for name in substitutes}
         for name, substitute in substitutes.items():
             setattr(owner, name, chosen(originals[name], substitute))
         try:
