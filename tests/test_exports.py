@@ -125,6 +125,11 @@ def test_next_commands_name_what_was_written(run, tmp_path):
         f"ollama create a-b -f '{output}'/Modelfile",
         "ollama run a-b",
     ]
+    # The embedded model has no name that mlx-lm knows; a model of the Hub has.
+    adapter = replace(report, format="mlx-adapter")
+    assert adapter.next_commands() == []
+    known = replace(adapter, training=replace(adapter.training, base="me/base"))
+    assert known.next_commands() == [f"mlx_lm.chat --model me/base --adapter-path '{output}'"]
 
 
 def test_a_strict_refusal_keeps_the_export_that_was_there(run, tmp_path):

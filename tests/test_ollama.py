@@ -101,5 +101,7 @@ def test_the_folder_of_the_starter(tmp_path):
     assert 'PARAMETER stop "<|im_end|>"' in lines
     assert "PARAMETER num_ctx 512" in lines
     reading = WRITER.read(source, tmp_path / "bot", "q8_0", some_tokens())
+    # An empty note was an empty line under the report.
+    assert reading.note != ""
     assert reading.tensors == 6 * 9 + 2
     assert "will guess" not in (reading.note or "")

@@ -71,8 +71,9 @@ class OllamaWriter:
     def read(self, source: ExportSource, written: Path, quant: str, tokens: mx.array) -> Reading:
         """Read the GGUF file back; Ollama itself is not run."""
         reading = GGUF.read(source, next(written.glob("*.gguf")), quant, tokens)
-        notes = [] if _pieces(source) else [_NO_TEMPLATE]
-        return replace(reading, note=" ".join([*filter(None, [reading.note]), *notes]))
+        if _pieces(source):
+            return reading
+        return replace(reading, note=" ".join(filter(None, [reading.note, _NO_TEMPLATE])))
 
 
 WRITER = OllamaWriter()

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dora_mlx.registry import HUB_NAME
+
 REPORT_FILE = "export_report.json"
 
 
@@ -141,12 +143,14 @@ class ExportReport:
         """How to use the export in the program it is for; most often one command."""
         place = shlex.quote(self.output)
         model = re.sub(r"[^a-z0-9._-]+", "-", self.run.lower())
-        base = shlex.quote(self.training.base)
+        base = self.training.base
+        if self.format == "mlx-adapter" and HUB_NAME.fullmatch(base):
+            # A base model of this machine has no name here that mlx-lm would know.
+            return [f"mlx_lm.chat --model {base} --adapter-path {place}"]
         return {
             "gguf": [f"llama-cli -m {place}"],
             "ollama": [f"ollama create {model} -f {place}/Modelfile", f"ollama run {model}"],
             "mlx": [f"mlx_lm.chat --model {place}"],
-            "mlx-adapter": [f"mlx_lm.chat --model {base} --adapter-path {place}"],
         }.get(self.format, [])
 
 
