@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from float64 import as64
 from mlx.utils import tree_flatten
 
 from dora_mlx.kernels.frozen_product import (
@@ -57,10 +58,6 @@ def trained(layer):
     if "magnitude" in layer:
         layer.magnitude = layer.magnitude * mx.random.uniform(0.7, 1.4, layer.magnitude.shape)
     return layer
-
-
-def as64(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def reference(layer, x, d):

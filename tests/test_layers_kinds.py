@@ -4,12 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from float64 import as64, dense64
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding as MlxLoRAEmbedding
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
-from dora_mlx.kernels.frozen_product import row_shape, use_blocked_products, weight_rows
+from dora_mlx.kernels.frozen_product import use_blocked_products
 from dora_mlx.layers import (
     DoRAConv1d,
     DoRAConv2d,
@@ -25,15 +26,6 @@ from dora_mlx.layers import (
 MODES = [("affine", 2, 64), ("affine", 3, 32), ("affine", 4, 64), ("affine", 6, 128)]
 MODES += [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
-
-
-def as64(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
-
-
-def dense_weight(base):
-    rows = weight_rows(base, 0, row_shape(base)[0], mx.float32)
-    return as64(rows).reshape(base.weight.shape[0], -1) if rows.ndim < 2 else as64(rows)
 
 
 def assert_close(actual, expected, name="", tolerance=1e-5):
@@ -88,7 +80,7 @@ def embeddings():
 
 def embedding_parts(layer):
     """``V = W + s A B`` and its gain per column, in float64."""
-    total = dense_weight(layer.base) + layer.scale * as64(layer.lora_a) @ as64(layer.lora_b)
+    total = dense64(layer.base) + layer.scale * as64(layer.lora_a) @ as64(layer.lora_b)
     norm = np.linalg.norm(total, axis=0)
     gain = as64(layer.magnitude) / norm if "magnitude" in layer else np.ones(total.shape[1])
     return total, norm, gain
@@ -190,7 +182,7 @@ def test_experts_match_float64(kind, make_base, sorted_indices):
         x = mx.random.normal((2, 5, 1, 1, width))
         indices = mx.random.randint(0, 3, (2, 5, 2))
     a, b = as64(layer.lora_a), as64(layer.lora_b)
-    total = dense_weight(base).reshape(4, 40, width) + s * b @ a
+    total = dense64(base).reshape(4, 40, width) + s * b @ a
     norm = np.linalg.norm(total, axis=-1)
     gain = as64(layer.magnitude) / norm if "magnitude" in layer else np.ones((4, 40))
     expert = np.array(indices).reshape(-1)
@@ -267,7 +259,7 @@ def assert_convolution_matches(layer, x, geometry):
     """All of a layer's outputs and gradients; ``x`` and ``geometry`` have two places."""
     base, groups = layer.base, layer.base.groups
     own_x = x if isinstance(base, nn.Conv2d) else x.squeeze(2)
-    total = dense_weight(base) + layer.scale * (as64(layer.lora_a) @ as64(layer.lora_b)).T
+    total = dense64(base) + layer.scale * (as64(layer.lora_a) @ as64(layer.lora_b)).T
     norm = np.linalg.norm(total, axis=1)
     gain = as64(layer.magnitude) / norm if "magnitude" in layer else np.ones(len(total))
     # Indices of the inputs take the same way as the inputs, which gives the way back.

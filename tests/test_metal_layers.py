@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from float64 import as64
 from metal_host.host_kernel import HostKernel, shared_compiler
 from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -46,10 +47,6 @@ def launches(monkeypatch):
 
         monkeypatch.setattr(module, "_kernel", on_the_host)
     return names
-
-
-def as64(array):
-    return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
 def trained(layer):
