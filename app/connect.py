@@ -16,6 +16,8 @@ import gradio as gr
 from app.views import html
 from dora_mlx import UserError
 
+_PICKERS = (gr.Dropdown, gr.Radio, gr.State)
+
 
 def connect(
     triggers: Any,
@@ -38,7 +40,7 @@ def connect(
             error pops up.
         options: Passed on to ``gr.on``.
     """
-    outputs = list(outputs)
+    inputs, outputs = list(inputs), list(outputs)
     count = len(outputs)
 
     def settle(produced: Any) -> Any:
@@ -74,9 +76,12 @@ def connect(
     return gr.on(
         triggers if isinstance(triggers, list) else [triggers],
         wrapped,
-        list(inputs),
+        inputs,
         outputs if notice is None else [*outputs, notice],
         api_visibility="private",
+        # Gradio refuses a choice, with a traceback, that it has just taken from a list which the
+        # page still shows. Handlers know what to say of a run that is gone.
+        preprocess=not all(isinstance(item, _PICKERS) for item in inputs),
         **{"show_progress": "hidden", **options},
     )
 

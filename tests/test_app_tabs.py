@@ -1,12 +1,16 @@
 """The pure parts of the tabs Data, Chat, What changed and Export, and the jobs behind them."""
 
+import asyncio
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
+from gradio.state_holder import SessionState
 
 from app import work
+from app.connect import connect
 from app.exports import Exports
 from app.sampling import sampling_from
 from app.uploads import keep_upload, uploaded_file, uploads
@@ -47,6 +51,22 @@ def runs_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(runs_dir):
     return find_run("small", runs_dir)
+
+
+def test_choice_that_has_just_gone_from_its_list_gets_a_note(runs_dir):
+    with gr.Blocks() as blocks:
+        run, at, note = gr.Dropdown(["small"]), gr.State(3), gr.HTML()
+        shown = gr.HTML()
+        connect(run.change, lambda name, at: f"{find_run(name, runs_dir).name} {at}", [run, at],
+                [shown], notice=note)  # fmt: skip
+
+    def shown_for(name):
+        return asyncio.run(blocks.process_api(0, [name, None], SessionState(blocks)))["data"]
+
+    assert shown_for("small") == ["small 3", ""]
+    unchanged, problem = shown_for("renamed")
+    assert "value" not in unchanged
+    assert "There is no run" in problem
 
 
 def test_uploads_keep_their_name_and_never_replace_another(tmp_path):

@@ -61,7 +61,7 @@ def _wire(
         if not name:
             raise UserError("Choose a run first.")
         folder = find_run(name, context.runs_dir)
-        checkpoint = None if chosen == _BEST else int(chosen)
+        checkpoint = None if chosen == _BEST else _step(chosen)
         yield html.progress(0.0, "Measuring")
         try:
             for kind, value in context.inspection.stream(work.inspect, folder, checkpoint):
@@ -79,3 +79,9 @@ def _wire(
     keep_runs(context, page, run, nothing, body)
     connect(run.change, choose, [run], [state, result], notice=problem)
     connect(measure.click, look, [run, state], [result], notice=problem, concurrency_limit=1)
+
+
+def _step(chosen: str) -> int:
+    if not str(chosen).isdecimal():
+        raise UserError(f"A run has no state {chosen!r}; choose one from the list.")
+    return int(chosen)
