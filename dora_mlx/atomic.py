@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import mlx.core as mx
 
+_FILE_PROBLEMS = {
+    errno.ENOSPC: "could not be written: the disk is full",
+    errno.EDQUOT: "could not be written: the disk quota is used up",
+    errno.EFBIG: "could not be written: it would be larger than the disk or `ulimit -f` allows",
+    errno.EIO: "could not be written: the disk reported an error, or it is full",
+    errno.EROFS: "could not be written: the file system is read-only",
+    errno.EACCES: "could not be opened: permission denied",
+    errno.EPERM: "could not be written: not permitted",
+}
 # More than a safetensors header holds for one array: its name, type, shape and place.
 _HEADER_BYTES = 300
 
@@ -67,6 +76,13 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def file_problem(error: OSError) -> str | None:
+    """Which file could not be used and why, if that is the person's to mend, for a sentence."""
+    if error.errno not in _FILE_PROBLEMS:
+        return None
+    return f"{error.filename or 'a file'} {_FILE_PROBLEMS[error.errno]}"
 
 
 def flush_to_disk(path: Path) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import errno
 import os
 import sys
 import textwrap
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from dora_mlx.atomic import file_problem
 from dora_mlx.config import TrainConfig, flag_of, plain_type
 from dora_mlx.errors import UserError
 from dora_mlx.run_folder import DEFAULT_RUNS_DIR
@@ -205,19 +205,8 @@ def run_command(body: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _FILE_PROBLEMS:
+        problem = file_problem(error)
+        if problem is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error:{where} {_FILE_PROBLEMS[error.errno]}", file=sys.stderr)
+        print(f"error: {problem}. Mend that and run it again.", file=sys.stderr)
         return FAILURE
-
-
-_FILE_PROBLEMS = {
-    errno.ENOSPC: "could not be written: the disk is full. Free some space and run it again.",
-    errno.EDQUOT: "could not be written: the disk quota is used up.",
-    errno.EFBIG: "could not be written: it would be larger than the disk or `ulimit -f` allows.",
-    errno.EIO: "could not be written: the disk reported an error, or it is full.",
-    errno.EROFS: "could not be written: the file system is read-only.",
-    errno.EACCES: "could not be opened: permission denied.",
-    errno.EPERM: "could not be written: not permitted.",
-}

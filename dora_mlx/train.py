@@ -147,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 listener=show,
                 should_stop=lambda: stop.requested,
             )
-    except (OSError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         if workers.leads and folder.config_file.exists():
             kept = checkpoints_newest_first(folder.checkpoints_dir)
             what = "The last checkpoint is kept" if kept else "No step was saved yet"

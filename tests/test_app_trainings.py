@@ -3,10 +3,14 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import app
 from app.run_watch import RunWatch
 from app.trainings import Trainings
 from dora_mlx import TrainConfig, UserError, read_events
@@ -24,14 +28,31 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+# Ends what is being trained when its input ends, which it does however this process dies.
+GUARD = """
+import os, signal, sys
+from pathlib import Path
+from dora_mlx import lock_holder
+sys.stdin.read()
+process = lock_holder(Path(sys.argv[1]))
+if process is not None:
+    os.kill(process, signal.SIGKILL)
+"""
+
+
 @pytest.fixture
 def trainings(tmp_path):
-    started = Trainings(tmp_path / "runs")
-    yield started
-    activity = started.status()
-    if activity is not None and activity.alive:
-        started.cancel()
-        wait_for(lambda: not started.status().alive)
+    """Trainings that end with the test, also with one that is cut off: they outlive a parent."""
+    runs_dir = tmp_path / "runs"
+    guard = subprocess.Popen(
+        [sys.executable, "-c", GUARD, runs_dir / ".app" / "training.lock"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(app.__file__).parent.parent)},
+    )
+    yield Trainings(runs_dir)
+    guard.communicate()
+    assert guard.returncode == 0
 
 
 def start_at_once(place, barrier, results):

@@ -212,8 +212,8 @@ def test_full_disk_keeps_the_last_state_and_resume_goes_on(chat_file, capsys, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", disk_usage)
-        assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 1
-    errors = capsys.readouterr().err
+        assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 2
+    errors = one_sentence_error(capsys)
     assert "the disk is full" in errors
     assert "--resume r" in errors
     assert real not in errors
@@ -233,10 +233,12 @@ def test_disk_that_fills_up_between_checkpoints_takes_no_step_away(chat_file, ca
     # The one file that grows; a limit is what a full disk is, and needs no disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_500, limits[1]))
     try:
-        assert train.main([*flags, "--run", "r"]) == 1
+        assert train.main([*flags, "--run", "r"]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "events.jsonl could not be written" in one_sentence_error(capsys)
+    message = one_sentence_error(capsys)
+    assert "events.jsonl could not be written" in message
+    assert "go on by --resume r" in message
     done = [e["step"] for e in read_events(Path("runs/r")) if e["event"] == "step"]
     assert 4 < done[-1] < 24
     assert train.main(["--resume", "r"]) == 0
@@ -245,6 +247,23 @@ def test_disk_that_fills_up_between_checkpoints_takes_no_step_away(chat_file, ca
         for run in ("whole", "r")
     )
     assert whole == cut
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_full_disk_under_the_events_says_how_to_go_on(chat_file, capsys):
+    assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 0
+    events, kept = Path("runs/r/events.jsonl"), Path("kept")
+    events.rename(kept)
+    # What is written to it finds no space.
+    events.symlink_to("/dev/full")
+    assert train.main(["--resume", "r", "--steps", "6"]) == 2
+    message = one_sentence_error(capsys)
+    assert "events.jsonl could not be written: the disk is full" in message
+    assert "go on by --resume r" in message
+    kept.rename(events)
+    assert train.main(["--resume", "r", "--steps", "6"]) == 0
+    steps = [e["step"] for e in read_events(Path("runs/r")) if e["event"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_too_small_a_disk_is_refused_before_the_run_starts(chat_file, capsys, monkeypatch):
@@ -267,7 +286,7 @@ def test_write_error_of_mlx_is_not_a_traceback(chat_file, capsys, monkeypatch):
         raise RuntimeError("[write] Unable to write 1302 bytes to file.")
 
     monkeypatch.setattr("mlx.core.save_safetensors", fail)
-    assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 1
+    assert train.main(["--data", str(chat_file), "--run", "r", *QUICK]) == 2
     assert "could not be written" in one_sentence_error(capsys)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from adapter_models import arrays_of, attach_moved
 
-from dora_mlx import train
+from dora_mlx import plan, train
 from dora_mlx.adapters.adapter_folder import save_adapter
 from dora_mlx.adapters.attach import attach
 from dora_mlx.adapters.peft import write_peft
@@ -77,3 +77,24 @@ def test_what_is_no_adapter_is_refused(starter_path, chat_file, capsys):
     assert train.main([*flags, "--init-adapter", "full"]) == 2
     assert "not an adapter" in capsys.readouterr().err
     assert not Path("runs/r").exists()
+
+
+def test_the_plan_is_of_the_adapter_that_is_trained(starter_path, chat_file, capsys):
+    model = load_base(starter_path).model
+    spec = attach_moved(model, method="lora", rank=64, target_modules=("down_proj",))
+    for folder in ("ours", "peft"):
+        Path(folder).mkdir()
+    save_adapter(Path("ours"), model, spec)
+    write_peft(Path("peft"), StoredAdapter(spec, arrays_of(model)), load_base(starter_path))
+    trained = ["--method", "lora", "--rank", "64", "--target-modules", "down_proj"]
+    plans = []
+    for flags in (trained, ["--init-adapter", "ours"], ["--init-adapter", "peft"]):
+        assert plan.main(["--data", str(chat_file), "--json", *flags]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["parts"])
+    assert plans[0] == plans[1] == plans[2]
+    flags = ["--data", str(chat_file), "--init-adapter", "ours", "--run", "r", *QUICK]
+    assert train.main(flags) == 0
+    begun = read_events(Path("runs/r"))[0]
+    assert begun["plan"]["parts"] == plans[0]
+    assert plan.main(["--init-adapter", "nowhere"]) == 2
+    assert "holds no adapter" in capsys.readouterr().err

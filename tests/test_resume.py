@@ -1,5 +1,6 @@
 """Stop, kill, pause, resume: no work is lost and nothing changes by it."""
 
+import json
 import os
 import signal
 
@@ -71,6 +72,18 @@ def test_a_run_without_an_intact_checkpoint_keeps_its_adapter(chat_file, run):
     with pytest.raises(UserError, match="Every checkpoint of the run a is damaged"):
         finetune(TrainConfig.from_file(run.config_file), run, resume=True)
     assert (run.path / "adapters.safetensors").read_bytes() == best
+
+
+@pytest.mark.parametrize(
+    "other", [{"version": 2}, {"sha256": "of the form before"}, {"progress": {"step": 3}}]
+)
+def test_checkpoint_of_another_version_is_called_so_and_stays(chat_file, run, other):
+    finetune(quick(chat_file), run, should_stop=StopAfter(3))
+    file = run.adapter_dir("last") / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | other))
+    with pytest.raises(UserError, match="step_00000003 was written by another version"):
+        finetune(TrainConfig.from_file(run.config_file), run, resume=True)
+    assert file.exists()
 
 
 def test_changed_data_is_noticed_before_resuming(chat_file, run):

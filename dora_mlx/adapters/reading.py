@@ -38,6 +38,15 @@ def load_adapter(folder: Path, model: nn.Module) -> AdapterSpec:
     return _read(folder, model, [], "").attach_to(model)
 
 
+def read_spec(folder: Path, model: nn.Module) -> AdapterSpec:
+    """What ``load_adapter`` would attach to ``model``, which stays as it is.
+
+    Raises:
+        UserError: As ``load_adapter`` does.
+    """
+    return _read(folder, model, [], "").spec
+
+
 def run_of(folder: Path) -> dict[str, Any] | None:
     """``config.json`` of the run that an adapter's folder, or its checkpoint, belongs to."""
     for place in (folder, folder.parent.parent):

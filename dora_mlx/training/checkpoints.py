@@ -10,9 +10,9 @@ they have.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +30,8 @@ from dora_mlx.run_folder import checkpoint_name, checkpoints_newest_first, step_
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+# Of what a checkpoint holds; the first ones did not say it.
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def save_checkpoint(
         save_adapter(temporary, model, spec)
         save_arrays(temporary / _OPTIMIZER, optimizer)
         digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        state = {"progress": asdict(progress), "sha256": digests}
+        state = {"version": _VERSION, "progress": asdict(progress), "sha256": digests}
         (temporary / _STATE).write_text(json.dumps(state), encoding="utf-8")
         for path in (temporary / _OPTIMIZER, temporary / _STATE, temporary):
             flush_to_disk(path)
@@ -117,6 +119,9 @@ def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Path]]
     """The newest intact checkpoint in ``folder``, if any, and the damaged ones passed over.
 
     Damaged checkpoints are deleted, so that the run can write theirs again.
+
+    Raises:
+        UserError: If one that would be used is of another version of this package.
     """
     damaged: list[Path] = []
     for path in checkpoints_newest_first(folder):
@@ -137,7 +142,7 @@ def load_trained_parameters(folder: Path, step: int) -> dict[str, mx.array]:
     """The trained parameters at ``step``, under their names in the model, read when used.
 
     Raises:
-        UserError: If the checkpoint is damaged.
+        UserError: If the checkpoint is damaged or of another version of this package.
     """
     path = folder / checkpoint_name(step)
     checkpoint = _read_checkpoint(path)
@@ -147,20 +152,40 @@ def load_trained_parameters(folder: Path, step: int) -> dict[str, mx.array]:
 
 
 def _read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint at ``path``, or ``None`` if it is not as it was written."""
+    """The checkpoint at ``path``, or ``None`` if it is not as it was written.
+
+    Raises:
+        UserError: If it is intact, or as good as, but of a version that is not understood.
+    """
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if not _is_understood(state):
+            raise UserError(
+                f"The checkpoint {path} was written by another version of dora-mlx. Go on with "
+                f"that version, or begin a new run with its adapter by --init-adapter {path}."
+            )
         files = (WEIGHTS_FILE, CONFIG_FILE, _OPTIMIZER)
         if any(state["sha256"][name] != _digest(path / name) for name in files):
             return None
-        progress = Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return None
+    progress = Progress(**state["progress"])
     adapter, optimizer = (
         cast(dict[str, mx.array], mx.load(str(path / name))) for name in (WEIGHTS_FILE, _OPTIMIZER)
     )
     adapter = {name_in_model(name): array for name, array in adapter.items()}
     return Checkpoint(path, adapter, optimizer, progress)
+
+
+def _is_understood(state: Any) -> bool:
+    """Whether a state has the form that is written now."""
+    return (
+        isinstance(state, dict)
+        and state.get("version", _VERSION) == _VERSION
+        and isinstance(state.get("sha256"), dict)
+        and isinstance(state.get("progress"), dict)
+        and state["progress"].keys() == {one.name for one in fields(Progress)}
+    )
 
 
 def _digest(path: Path) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -49,9 +50,11 @@ class EventLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            with naming(Path(self._file.name)):
-                self._file.close()
+        if self._file is None:
+            return
+        # Closing writes what is left; an error that is on its way already says why it cannot.
+        with suppress(OSError) if kind else naming(Path(self._file.name)):
+            self._file.close()
 
     def watch(self, listener: Listener) -> None:
         """Pass every later event on to one more listener, which may write events itself."""

@@ -2,8 +2,8 @@
 
 import platform
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import dora_mlx
 from dora_mlx.adapters.adapter_folder import trainable_arrays
 from dora_mlx.adapters.attach import AdapterSpec
+from dora_mlx.atomic import file_problem
 from dora_mlx.config import SMALL_MODEL, TrainConfig
 from dora_mlx.data.batches import Batch, BatchStream, make_batch, validation_batches
 from dora_mlx.data.examples import Examples
@@ -25,8 +26,8 @@ from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
 from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.skeleton import find_facts
-from dora_mlx.training.beginning import attach_as_told
-from dora_mlx.training.checkpoints import check_space, load_newest_checkpoint
+from dora_mlx.training.beginning import attach_as_told, changes_since, restore_newest
+from dora_mlx.training.checkpoints import check_space
 from dora_mlx.training.device_limits import memory_held_to
 from dora_mlx.training.events import EventLog, Listener
 from dora_mlx.training.loop import Trainer
@@ -101,7 +102,9 @@ def finetune(
                 folder.stop_file.unlink(missing_ok=True)
             # It has fitted before, or someone wanted it all the same.
             prepared = _prepare(config, workers, ignore_memory=True)
-            changes = _changes(folder, prepared, accept_changes) if workers.leads else []
+            changes: list[str] = []
+            if workers.leads:
+                changes = changes_since(folder, prepared.description, accept_changes)
         else:
             with folder.creating(overwrite) if workers.leads else nullcontext():
                 prepared = _prepare(config, workers, fit, ignore_memory)
@@ -113,11 +116,12 @@ def finetune(
             changes = []
             if workers.leads:
                 held.enter_context(folder.lock())
+        held.enter_context(_saying_how_to_go_on(folder))
         log = held.enter_context(EventLog(folder.path if workers.leads else None, listener))
         held.enter_context(memory_held_to(prepared.memory_before + prepared.plan.peak))
         trainer = _trainer(prepared, folder, log, workers)
         if resume and workers.leads:
-            changes += _restore(trainer, folder)
+            changes += restore_newest(trainer, folder)
             folder.write_config(prepared.description)
         trainer.agree()
         return _train(trainer, prepared, resume, changes, should_stop)
@@ -141,10 +145,27 @@ def _train(
         reason = trainer.run(lambda: _told_to_stop(trainer, should_stop))
     except BaseException as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        log.write("end", step=trainer.progress.step, reason=reason, message=str(error))
+        # Nor can this be written where the disk is what failed.
+        with suppress(OSError):
+            log.write("end", step=trainer.progress.step, reason=reason, message=str(error))
         raise
     log.write("end", step=trainer.progress.step, reason=reason)
     return reason
+
+
+@contextmanager
+def _saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+    """Let a run that the disk has ended say so, and how to resume it."""
+    try:
+        yield
+    except OSError as error:
+        problem = file_problem(error)
+        if problem is None:
+            raise
+        raise UserError(
+            f"{problem}. Mend that and go on by --resume {folder.name}: everything up to the last "
+            "checkpoint is kept."
+        ) from error
 
 
 def _told_to_stop(trainer: Trainer, should_stop: Callable[[], bool]) -> bool:
@@ -296,55 +317,6 @@ def _trainer(prepared: _Prepared, folder: RunFolder, log: EventLog, workers: Wor
         log,
         workers,
     )
-
-
-def _changes(folder: RunFolder, prepared: _Prepared, accept: bool) -> list[str]:
-    """What is not as it was when the run began, in sentences.
-
-    Raises:
-        UserError: If there is any and ``accept`` is not set.
-    """
-    before = folder.read_config()
-    changed = [
-        f"The {part} of run {folder.name} has changed since it began "
-        f"({', '.join(before[part].get('files', [before[part].get('path')]))})."
-        for part in ("model", "data")
-        if before[part]["fingerprint"] != prepared.description[part]["fingerprint"]
-    ]
-    if changed and not accept:
-        raise UserError(
-            f"{' '.join(changed)} Put it back as it was, start a new run, or go on with what is "
-            "there now by --accept-changes."
-        )
-    return changed
-
-
-def _restore(trainer: Trainer, folder: RunFolder) -> list[str]:
-    """Go to the newest intact checkpoint; returns what there is to say about it.
-
-    Raises:
-        UserError: If the run is already past its last step, or no checkpoint is intact.
-    """
-    found, damaged = load_newest_checkpoint(folder.checkpoints_dir)
-    if found is not None:
-        trainer.restore(found)
-    elif damaged:
-        # From the start, its first validation would replace the adapter that is still there.
-        raise UserError(
-            f"Every checkpoint of the run {folder.name} is damaged "
-            f"({', '.join(path.name for path in damaged)}), so it cannot go on. Its best adapter "
-            f"stays: begin a new run with it by --init-adapter {folder.path}, or replace the run "
-            "by --overwrite."
-        )
-    # Without any it was interrupted before the first: from the start is the next step.
-    if trainer.progress.step > trainer.steps:
-        raise UserError(
-            f"The run {folder.name} has done {trainer.progress.step} steps already, so it cannot "
-            f"end at step {trainer.steps}. An earlier adapter is used by --checkpoint STEP."
-        )
-    return [
-        f"the checkpoint {path.name} is damaged; going on from an older one" for path in damaged
-    ]
 
 
 def _start_event(

@@ -17,6 +17,7 @@ from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import assuming_device, on_cpu
 from dora_mlx.loading import load_tokenizer
 from dora_mlx.skeleton import ModelFacts, find_facts
+from dora_mlx.training.beginning import as_begun
 from dora_mlx.training.device_limits import memory_limit
 from dora_mlx.training.events import Event, EventLog
 from dora_mlx.training.step_memory import BatchShape, predict
@@ -119,6 +120,7 @@ def plan_for(
 ) -> MemoryPlan:
     """The plan for known examples; ``None``: rows of ``max_seq_length`` tokens, all trained."""
     machine = Machine.here() if machine is None else machine
+    config = as_begun(config, facts)
     plan = _plan(config, facts, examples, machine)
     if plan.verdict == "fits":
         return plan
@@ -139,6 +141,7 @@ def fit(
         UserError: If not even one short example fits, with the least that is needed.
     """
     machine = Machine.here() if machine is None else machine
+    config = as_begun(config, facts)
     plan = None
     for candidate in _candidates(config):
         plan = _plan(candidate, facts, examples, machine)
