@@ -79,7 +79,7 @@ def loss_and_gradients(model, loss, batch):
 @pytest.mark.parametrize("name", MODELS)
 def test_chunked_loss_and_gradients_equal_the_plain_ones(name, bits, monkeypatch):
     # Chunks of 64 rows, of which the last is not full.
-    monkeypatch.setattr("dora_mlx.training.loss._CHUNK_VALUES", 1)
+    monkeypatch.setattr("dora_mlx.training.loss.loss_chunk", lambda vocabulary: 64)
     model, batch = model_of(name, bits), random_batch()
     model.train()
     order = [key for key, _ in tree_flatten(model.parameters())]
@@ -102,7 +102,7 @@ def test_every_head_is_proven_and_used(name):
 
 
 def test_full_logits_never_exist(monkeypatch):
-    monkeypatch.setattr("dora_mlx.training.loss._CHUNK_VALUES", 1)
+    monkeypatch.setattr("dora_mlx.training.loss.loss_chunk", lambda vocabulary: 64)
     batch = random_batch(4, 256, 20_000, share=0.25)
     sizes = {**SIZES, "vocab_size": 20_000, "tie_word_embeddings": False}
     module = import_module("mlx_lm.models.llama")

@@ -77,17 +77,25 @@ def parameter_count(model: nn.Module) -> int:
     return total
 
 
-def weight_rows(base: nn.Module, start: int, stop: int, dtype: mx.Dtype) -> mx.array:
-    """Rows ``start`` to ``stop`` of W, dequantized: ``[stop - start, width]`` of ``dtype``."""
-    return chosen_rows(base, slice(start, stop), dtype)
+def weight_rows(
+    base: nn.Module, start: int, stop: int, dtype: mx.Dtype, after: mx.array | None = None
+) -> mx.array:
+    """Rows ``start`` to ``stop`` of W, dequantized: ``[stop - start, width]`` of ``dtype``.
+
+    They are not computed before ``after`` is.
+    """
+    return chosen_rows(base, slice(start, stop), dtype, after)
 
 
-def chosen_rows(base: nn.Module, chosen: slice | mx.array, dtype: mx.Dtype) -> mx.array:
-    """The rows of W that a slice or an array of indices names, dequantized to ``dtype``."""
+def chosen_rows(
+    base: nn.Module, chosen: slice | mx.array, dtype: mx.Dtype, after: mx.array | None = None
+) -> mx.array:
+    """The rows of W that a slice or an array of indices names, as ``weight_rows`` gives them."""
     rows, _ = row_shape(base)
 
     def part(name: str) -> mx.array:
-        return base[name].reshape(rows, -1)[chosen]
+        own = base[name].reshape(rows, -1)[chosen]
+        return own if after is None else mx.depends([own], [after])[0]
 
     if not is_quantized(base):
         return part("weight").astype(dtype)
@@ -325,12 +333,12 @@ def _blocked_product(x: mx.array, base: nn.Module) -> mx.array:
         for start in range(0, experts[0] * out, out):
             own = x[start // out]
             own = own if not columns else mx.depends([own], [columns[-1]])[0]
-            columns.append(own @ weight_rows(base, start, start + out, x.dtype).T)
+            columns.append(own @ weight_rows(base, start, start + out, x.dtype, own).T)
         return mx.stack(columns)
     for start, stop in row_blocks(base):
-        # The dependency keeps one dequantized block alive at a time.
+        # The dependencies keep one dequantized block alive at a time.
         rows = x if not columns else mx.depends([x], [columns[-1]])[0]
-        columns.append(rows @ weight_rows(base, start, stop, x.dtype).T)
+        columns.append(rows @ weight_rows(base, start, stop, x.dtype, rows).T)
     return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
 
 
@@ -347,10 +355,10 @@ def _blocked_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
     for start, stop in row_blocks(base):
         part = d[..., start:stop]
         if total is None:
-            total = part @ weight_rows(base, start, stop, d.dtype)
+            total = part @ weight_rows(base, start, stop, d.dtype, part)
         else:
             part = mx.depends([part], [total])[0]
-            total = mx.addmm(total, part, weight_rows(base, start, stop, d.dtype))
+            total = mx.addmm(total, part, weight_rows(base, start, stop, d.dtype, part))
     if total is None:
         raise ValueError("a weight with no rows has no product")
     return total

@@ -24,7 +24,7 @@ from mlx_lm.models import activations
 
 from dora_mlx.kernels.frozen_product import on_cpu
 from dora_mlx.kernels.recomputation import later, recipe_of, remember, remembered
-from dora_mlx.training import cpu_attention
+from dora_mlx.training import dear_exponentials
 from dora_mlx.training.substitutes import standing_in
 
 # Queries per chunk of the attention's backward; fewer save nothing that matters.
@@ -88,25 +88,30 @@ def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
         gate: Of any shape.
         x: Shaped as ``gate``.
     """
-    # From the recipe, which the layer that takes the result follows, to the backward after it.
-    computed: list[mx.array] = []
+    # From the recipe, which the layer that takes the result follows, to the backward, or from that
+    # to the recipe: which of them a graph is built for first is not said.
+    handed_over: list[mx.array] = []
+
+    def sigmoid_of(gate: mx.array) -> mx.array:
+        if handed_over:
+            return handed_over.pop()
+        handed_over.append(dear_exponentials.sigmoid(gate))
+        return handed_over[0]
 
     @mx.custom_function
     def forward(gate: mx.array, x: mx.array) -> mx.array:
-        return gate * cpu_attention.sigmoid(gate) * x if on_cpu() else _swiglu(gate, x)
+        return gate * dear_exponentials.sigmoid(gate) * x if on_cpu() else _swiglu(gate, x)
 
     @forward.vjp
     def backward(
         primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
     ) -> tuple[mx.array, ...]:
         gate, x = later(list(primals), cotangent)
-        sigmoid = computed.pop() if computed else cpu_attention.sigmoid(gate)
-        return _swiglu_backward(gate, x, sigmoid, cotangent)
+        return _swiglu_backward(gate, x, sigmoid_of(gate), cotangent)
 
     def recipe(cotangent: mx.array) -> mx.array:
         own_gate, own_x = later([gate, x], cotangent)
-        computed[:] = [cpu_attention.sigmoid(own_gate)]
-        return own_gate * computed[0] * own_x
+        return own_gate * sigmoid_of(own_gate) * own_x
 
     return remember(cast(mx.array, forward(gate, x)), recipe)
 
@@ -134,7 +139,7 @@ def lean_attention(
         return _attention(queries, keys, values, mask=mask, **options)
 
     recipes = [recipe_of(x) for x in (queries, keys, values)]
-    for_cpu = cpu_attention.serves(queries, options)
+    for_cpu = dear_exponentials.serves(queries, options)
 
     @mx.custom_function
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
@@ -145,7 +150,7 @@ def lean_attention(
             (q,) = mx.depends([queries[:, :, rows]], results[-1:])
             k, v = keys[:, :, :seen], values[:, :, :seen]
             if for_cpu:
-                results.append(cpu_attention.attend(q, k, v, part, options["scale"]))
+                results.append(dear_exponentials.attend(q, k, v, part, options["scale"]))
             else:
                 results.append(_attention(q, k, v, mask=part, **options))
         return mx.concatenate(results, axis=2)
@@ -162,7 +167,7 @@ def lean_attention(
             q = mx.depends([queries[:, :, rows]], [d_keys, d_values] if d_queries else [])[0]
             k, v, d = keys[:, :, :seen], values[:, :, :seen], cotangent[:, :, rows]
             if for_cpu:
-                found = list(cpu_attention.attend_backward(q, k, v, part, options["scale"], d))
+                found = list(dear_exponentials.attend_backward(q, k, v, part, options["scale"], d))
             else:
                 attention = partial(_attention, mask=part, **options)
                 found = mx.vjp(attention, [q, k, v], [d])[1]

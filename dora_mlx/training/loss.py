@@ -15,10 +15,13 @@ import numpy as np
 
 from dora_mlx.data.batches import Batch
 from dora_mlx.kernels.frozen_product import on_cpu
+from dora_mlx.training import dear_exponentials
 from dora_mlx.training.packed_attention import attention_arguments
 
 # Logits alive at a time: 32 MiB in float32.
 _CHUNK_VALUES = 1 << 23
+# On the CPU every chunk dequantizes the output layer's weight once more in each direction.
+_CPU_CHUNK_VALUES = 1 << 25
 # Fewer rows would read the output layer's weight more often than it pays.
 _SMALLEST_CHUNK = 64
 # How far the two may differ relative to the loss; summing in another order explains far less.
@@ -132,10 +135,7 @@ def _chunk_by_chunk(
     """Loss sum of ``hidden`` ``[n, dims]``, and its gradient there (zeros without ``gradient``)."""
 
     def chunk_loss(hidden: mx.array, targets: mx.array) -> mx.array:
-        logits = _output_layer(model, hidden)
-        # On a GPU it sums in float32 whatever it is given, and needs no copy of the logits.
-        logits = logits.astype(mx.float32) if on_cpu() else logits
-        return mx.fast.cross_entropy(logits, targets).sum()
+        return _cross_entropy_sum(_output_layer(model, hidden), targets, gradient)
 
     rows = loss_chunk(_vocabulary_size(model, hidden))
     total, gradients = mx.array(0.0), []
@@ -152,9 +152,31 @@ def _chunk_by_chunk(
     return total, mx.concatenate(gradients) if gradients else mx.zeros_like(hidden)
 
 
+def _cross_entropy_sum(logits: mx.array, targets: mx.array, gradient: bool) -> mx.array:
+    """Sum over the rows of ``logits`` ``[n, vocabulary]``, with the gradient of just that."""
+    if not on_cpu():
+        # One kernel, which sums in float32 whatever it is given.
+        return mx.fast.cross_entropy(logits, targets).sum()
+
+    @mx.custom_function
+    def value(logits: mx.array) -> tuple[mx.array, mx.array]:
+        return dear_exponentials.cross_entropy(logits, targets)
+
+    @value.vjp
+    def gradient_of_value(_: mx.array, __: Any, outputs: tuple[mx.array, ...]) -> mx.array:
+        # Nothing comes behind the sum, so its cotangent is one.
+        return outputs[1]
+
+    logits = logits.astype(mx.float32)
+    if gradient:
+        return cast(tuple[mx.array, mx.array], value(logits))[0]
+    return dear_exponentials.cross_entropy(logits, targets)[0]
+
+
 def loss_chunk(vocabulary: int) -> int:
     """Positions whose logits are computed together."""
-    return max(_SMALLEST_CHUNK, _CHUNK_VALUES // vocabulary)
+    values = _CPU_CHUNK_VALUES if on_cpu() else _CHUNK_VALUES
+    return max(_SMALLEST_CHUNK, values // vocabulary)
 
 
 def _vocabulary_size(model: nn.Module, hidden: mx.array) -> int:
