@@ -21,7 +21,8 @@ from pathlib import Path
 from benchmarks.measure import environment  # isort: skip  # loads OpenBLAS before MLX
 import mlx.core as mx
 
-from dora_mlx.analysis.inspection import Inspection, WeightChange, correlation, inspect_run
+from dora_mlx.analysis.findings import Inspection, WeightChange
+from dora_mlx.analysis.inspection import correlation, inspect_run
 from dora_mlx.analysis.pictures import can_draw, save_figure, scatter_by_module
 from dora_mlx.comparing.comparison import Comparison, Watch, run_comparison
 from dora_mlx.comparing.report import Spread, lines_below, measured

@@ -23,7 +23,7 @@ _EXPORTS = {
     "EventReader": "dora_mlx.training.events",
     "ExportReport": "dora_mlx.exporting.report",
     "Machine": "dora_mlx.training.memory_plan",
-    "MemoryPlan": "dora_mlx.training.memory_plan",
+    "MemoryPlan": "dora_mlx.training.memory_figures",
     "RunFolder": "dora_mlx.run_folder",
     "RunSummary": "dora_mlx.training.history",
     "Sampling": "dora_mlx.sampling",

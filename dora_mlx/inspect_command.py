@@ -13,7 +13,8 @@ from dora_mlx.command_line import add_runs_dir_flag, parser_for, run_command
 from dora_mlx.run_folder import find_run
 
 if TYPE_CHECKING:
-    from dora_mlx.analysis.inspection import Inspection, Progress, WeightChange
+    from dora_mlx.analysis.findings import Inspection, WeightChange
+    from dora_mlx.analysis.inspection import Progress
 
 DESCRIPTION = """\
 Show how far every trained weight moved from the base model, in magnitude and in direction: the

@@ -11,7 +11,7 @@ from dora_mlx.command_line import add_option_flags, given_options, parser_for, r
 from dora_mlx.config import TrainConfig, flag_of
 
 if TYPE_CHECKING:
-    from dora_mlx.training.memory_plan import MemoryPlan
+    from dora_mlx.training.memory_figures import MemoryPlan
 
 DESCRIPTION = """\
 Say whether a training fits into this machine's memory, and what to change if it does not.

@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,6 +70,24 @@ def test_choice_that_has_just_gone_from_its_list_gets_a_note(runs_dir):
     unchanged, problem = shown_for("renamed")
     assert "value" not in unchanged
     assert "There is no run" in problem
+
+
+def test_server_never_loads_mlx(run, tmp_path):
+    # Seconds of the start and hundreds of MB: whatever the workers answer has to be read without.
+    config = TrainConfig()
+    answers = [
+        work.plan(config),
+        work.look_at_data(config.to_dict()),
+        work.example_of_data(config.to_dict(), 0),
+        work.talk_about(run),
+        [*work.inspect(run, None)],
+    ]
+    (tmp_path / "answers").write_bytes(pickle.dumps(answers))
+    code = (
+        "import pickle, sys\nimport app.layout\npickle.load(open(sys.argv[1], 'rb'))\n"
+        "heavy = {'mlx', 'mlx_lm', 'transformers'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "answers"], check=True)
 
 
 def test_uploads_keep_their_name_and_never_replace_another(tmp_path):

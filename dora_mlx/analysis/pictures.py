@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dora_mlx.analysis.inspection import Inspection
+from dora_mlx.analysis.findings import Inspection
 from dora_mlx.atomic import replacing
 
 if TYPE_CHECKING:

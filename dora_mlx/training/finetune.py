@@ -31,7 +31,8 @@ from dora_mlx.training.checkpoints import check_space
 from dora_mlx.training.device_limits import memory_held_to
 from dora_mlx.training.events import EventLog, Listener
 from dora_mlx.training.loop import Trainer
-from dora_mlx.training.memory_plan import MemoryPlan, MemoryWatch, fit, gigabytes, plan_for
+from dora_mlx.training.memory_figures import MemoryPlan
+from dora_mlx.training.memory_plan import MemoryWatch, fit, gigabytes, plan_for
 from dora_mlx.training.notices import data_notices
 from dora_mlx.training.packed_attention import why_not_packed
 from dora_mlx.training.workers import Workers

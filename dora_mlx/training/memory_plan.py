@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,8 @@ from dora_mlx.skeleton import ModelFacts, find_facts
 from dora_mlx.training.beginning import as_begun
 from dora_mlx.training.device_limits import memory_limit
 from dora_mlx.training.events import Event, EventLog
+from dora_mlx.training.memory_figures import MemoryPlan, Verdict
 from dora_mlx.training.step_memory import BatchShape, predict
-
-Verdict = Literal["fits", "tight", "does not fit"]
 
 _TIGHT = 0.9
 # Beyond the error of a plan, and worth a word on any machine.
@@ -51,29 +50,6 @@ class Machine:
         """
         share = 2 / 3 if gigabytes <= 36 else 3 / 4
         return cls(round(share * gigabytes * 2**30), cpu=False)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The memory of a training step at its peak; all sizes in bytes.
-
-    Attributes:
-        parts: What the peak is made of, in the order to show it; their sum is ``peak``.
-        peak: What MLX holds at most, as ``mx.get_peak_memory`` would say.
-        limit: What this machine can give.
-        verdict: ``fits``, ``tight`` (above nine tenths of the limit) or ``does not fit``.
-        advice: Sentences on what to change, each with its flag and the peak it would give; empty
-            for a run that fits.
-        rows, width: The batch it is for: rows, and tokens of each.
-    """
-
-    parts: dict[str, int]
-    peak: int
-    limit: int
-    verdict: Verdict
-    advice: tuple[str, ...]
-    rows: int
-    width: int
 
 
 @dataclass(frozen=True)
