@@ -132,9 +132,7 @@ def add_option_flags(
             continue
         group = advanced if option.metadata["advanced"] else basic
         hint = plain_type(types[option.name])
-        help_text = option.metadata["help"].replace("%", "%%")
-        if option.default not in (None, ()):
-            help_text += f" Default: {option.default}."
+        help_text = option.metadata["help"].replace("%", "%%") + _default(option.default)
         keywords: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
         if hint is bool:
             keywords["action"] = argparse.BooleanOptionalAction
@@ -145,6 +143,14 @@ def add_option_flags(
         else:
             keywords |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
         group.add_argument(flag_of(option.name), **keywords)
+
+
+def _default(value: Any) -> str:
+    """The sentence about a default; none where the help text says it or it is plainly off."""
+    if value is False or value in (None, ()):
+        return ""
+    shown = "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+    return f" Default: {shown}."
 
 
 def train_command(

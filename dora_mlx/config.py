@@ -72,7 +72,7 @@ class TrainConfig:
         advanced=True,
     )
     data_form: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text"] = (
-        knob("auto", "Form of the rows. Default: found from the columns.", advanced=True)
+        knob("auto", "Form of the rows; auto finds it from the columns.", advanced=True)
     )
     columns: tuple[str, ...] = knob(
         (),

@@ -213,7 +213,7 @@ def _reference(folder: RunFolder, trained: "TrainedModel") -> "Reference":
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     formats = "\n".join(f"  {one.name:<12} {one.summary}" for one in EXPORT_FORMATS)
-    parser = parser_for("export", DESCRIPTION.format(formats=formats), EXAMPLES + quants_help())
+    parser = parser_for("export", DESCRIPTION.format(formats=formats), EXAMPLES + _quants_help())
     parser.add_argument("--run", metavar="NAME", required=True, help="The run to export.")
     add_runs_dir_flag(parser)
     add_checkpoint_flag(parser)
@@ -245,8 +245,8 @@ def add_export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="TYPE",
-        help="Type of the weights; the list below says what each format takes. "
-        "Default: the first of the list.",
+        help="Type of the weights. `dora-mlx export --help` ends with what each format takes; "
+        "default: the first there.",
     )
     parser.add_argument(
         "--output",
@@ -265,12 +265,15 @@ def add_export_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def quants_help() -> str:
+def _quants_help() -> str:
     """What ``--quant`` takes for each format, for the end of a help."""
-    lines = []
+    formats: dict[tuple[Quant, ...], list[str]] = {}
     for export_format in EXPORT_FORMATS:
-        lines.append(f"\n--quant for {export_format.name}:")
-        lines += [f"  {quant.name:<10} {quant.help}" for quant in export_format.quants]
+        formats.setdefault(tuple(export_format.quants), []).append(export_format.name)
+    lines = []
+    for quants, names in formats.items():
+        lines.append(f"\n--quant for {' and '.join(names)}:")
+        lines += [f"  {quant.name:<10} {quant.help}" for quant in quants]
     return "\n".join(lines) + "\n"
 
 

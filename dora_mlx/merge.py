@@ -14,7 +14,6 @@ from dora_mlx.export import (
     add_export_flags,
     default_export_path,
     print_export,
-    quants_help,
 )
 from dora_mlx.exporting.formats import find_format
 from dora_mlx.run_folder import RunFolder, find_run
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
-    parser = parser_for("merge", DESCRIPTION, EXAMPLES + quants_help())
+    parser = parser_for("merge", DESCRIPTION, EXAMPLES)
     add_adapter_flags(parser)
     parser.add_argument(
         "--method",

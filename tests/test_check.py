@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reported_lines import named_lines
 
 from dora_mlx import check
 from dora_mlx.config import TrainConfig
@@ -24,9 +25,7 @@ def test_broken_sample_is_named_line_by_line_as_its_readme_says(capsys):
     output = capsys.readouterr().out
     table = (samples_dir() / "README.md").read_text()
     bad = {int(n) for n, what in re.findall(r"^\| (\d+) \| (.*) \|$", table, re.M)} - {1}
-    spans = re.findall(r"^  lines? (\d+)(?: to (\d+))?", output, re.M)
-    named = {n for first, last in spans for n in range(int(first), int(last or first) + 1)}
-    assert named == bad
+    assert named_lines(output).keys() == bad
     assert "19 bad" in output
 
 

@@ -7,6 +7,7 @@ import random
 import sys
 
 import pytest
+from reported_lines import named_lines
 
 from dora_mlx.data.forms import FORMS
 from dora_mlx.data.records import RecordReader, find_data, read_records
@@ -218,19 +219,19 @@ def test_a_hundred_seeded_faults_are_all_named_in_one_report(tmp_path):
         read_records(path)
     report = str(caught.value)
     assert "has 100 bad lines" in report
-    named = {int(row.split()[1].strip(":,")): row for row in report.splitlines()[1:]}
+    named = named_lines(report)
     assert named.keys() == expected.keys()
     assert all(sentence in named[number] for number, sentence in expected.items())
 
 
-def test_the_same_fault_in_line_after_line_is_told_once(tmp_path):
+def test_the_same_fault_in_many_lines_is_told_once(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("frage,antwort\n" + "Wie?,So.\n" * 3 + "Nur das\n" + "Wie?,So.\n" * 400)
     with pytest.raises(UserError, match="has 404 bad lines") as caught:
         read_records(path)
     listing = str(caught.value).splitlines()[1:]
     assert [line.partition(":")[0] for line in listing] == [
-        "  lines 2 to 4", "  line 5", "  lines 6 to 405",
+        "  lines 2 to 4 and 6 to 405", "  line 5",
     ]  # fmt: skip
     assert "--columns prompt=frage completion=antwort" in listing[0]
 
@@ -244,7 +245,7 @@ def test_warnings_are_no_errors_and_name_their_lines(tmp_path):
     assert len(list(reader)) == 6
     listing = reader.report.listing("warning").splitlines()
     for sentence in (
-        "line 2: a blank line",
+        "lines 2, 4, 6, 8 and 10: a blank line",
         "line 3: a duplicate of line 1",
         "line 5: the question of line 1 with another answer",
         "line 7: message 2 has the control character U+0007",

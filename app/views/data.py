@@ -54,13 +54,9 @@ def _usable(overview: Any) -> str:
 
 def _problems(overview: Any, severity: str, skip_bad_rows: bool) -> Iterable[str]:
     for report in overview.reports:
-        found = [problem for problem in report.problems if problem.severity == severity]
-        if not found:
+        lines = report.sentences(severity, _PROBLEMS_SHOWN)
+        if not lines:
             continue
-        found.sort(key=lambda problem: problem.line)
-        lines = [_place(report.unit, problem) for problem in found[:_PROBLEMS_SHOWN]]
-        more = report.count(severity) - len(lines)
-        lines += [f"and {more:,} more"] if more > 0 else []
         if severity == "error":
             what = "are left out" if skip_bad_rows else "cannot be used"
             title = f"{report.bad_rows:,} {report.unit}s of {_name(report.source)} {what}"
@@ -73,11 +69,6 @@ def _problems(overview: Any, severity: str, skip_bad_rows: bool) -> Iterable[str
             rows = f"{number:,} {report.unit}{'s'[: number > 1]} of {_name(report.source)}"
             title = f"{rows} may deserve a look; the training uses {'them' if number > 1 else 'it'}"
             yield _item("warn", title, lines)
-
-
-def _place(unit: str, problem: Any) -> str:
-    column = "" if problem.column is None else f", column {problem.column}"
-    return f"{unit} {problem.line}{column}: {problem.message}"
 
 
 def _name(source: Any) -> str:

@@ -1,6 +1,6 @@
 """Everything wrong with a data file, in one report."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ Severity = Literal["error", "warning"]
 # Kept per severity; what comes after is only counted, so that a report has a bounded size.
 _KEPT = 1000
 _SHOWN = 200
+_SPANS = 50
 
 
 @dataclass(frozen=True)
@@ -80,25 +81,29 @@ class Report:
             )
 
     def listing(self, severity: Severity) -> str:
-        """One indented line for each problem of a severity, by place.
+        """The ``sentences`` of a severity, each on an indented line."""
+        return "\n".join(f"  {sentence}" for sentence in self.sentences(severity, _SHOWN))
 
-        The same problem in lines that follow each other is one: ``lines 2 to 61: ...``.
+    def sentences(self, severity: Severity, most: int) -> list[str]:
+        """What is wrong and in which lines, by the first of them: ``lines 2 to 61 and 70: ...``.
+
+        Above ``most`` different problems the last sentence says how many there are beside them.
         """
-        of_severity = [problem for problem in self.problems if problem.severity == severity]
-        of_severity.sort(key=lambda problem: problem.line)
-        spans: list[list[Problem]] = []
-        for problem in of_severity:
-            if spans and _goes_on(spans[-1][-1], problem):
-                spans[-1].append(problem)
-            else:
-                spans.append([problem])
-        lines = [self._describe(span[0], span[-1]) for span in spans[:_SHOWN]]
-        more = self.count(severity) - sum(len(span) for span in spans[:_SHOWN])
-        return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
+        alike: dict[tuple[str, int | None], list[int]] = {}
+        for problem in sorted(self.problems, key=lambda problem: problem.line):
+            if problem.severity == severity:
+                alike.setdefault((problem.message, problem.column), []).append(problem.line)
+        shown = list(alike.items())[:most]
+        sentences = [
+            f"{self._places(lines)}{'' if column is None else f', column {column}'}: {message}"
+            for (message, column), lines in shown
+        ]
+        more = self.count(severity) - sum(len(lines) for _, lines in shown)
+        return [*sentences, f"and {more:,} more"] if more > 0 else sentences
 
     def summary(self, severity: Severity) -> str:
-        """How many there are of every kind, such as ``2 duplicates, 1 control characters``."""
-        return ", ".join(f"{number:,} {kind}" for kind, number in self.kinds[severity].items())
+        """How many there are of every kind, such as ``duplicates: 2, control characters: 1``."""
+        return ", ".join(f"{kind}: {number:,}" for kind, number in self.kinds[severity].items())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -119,14 +124,17 @@ class Report:
             self.problems.append(problem)
         kinds[problem.kind] = kinds.get(problem.kind, 0) + 1
 
-    def _describe(self, first: Problem, last: Problem) -> str:
-        place = f"{self.unit} {first.line}"
-        if last.line > first.line:
-            place = f"{self.unit}s {first.line} to {last.line}"
-        column = "" if first.column is None else f", column {first.column}"
-        return f"  {place}{column}: {first.message}"
-
-
-def _goes_on(before: Problem, problem: Problem) -> bool:
-    """Whether a problem is the one of the line before, once more."""
-    return replace(before, line=before.line + 1) == problem
+    def _places(self, lines: list[int]) -> str:
+        """``lines 2 to 61 and 70`` for ascending numbers."""
+        spans: list[list[int]] = []
+        for line in lines:
+            if spans and line <= spans[-1][-1] + 1:
+                spans[-1].append(line)
+            else:
+                spans.append([line])
+        named = [f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+        if more := sum(map(len, spans[_SPANS:])):
+            named[_SPANS:] = [f"{more:,} more"]
+        *first, last = named
+        unit = f"{self.unit}s" if len(lines) > 1 else self.unit
+        return f"{unit} {', '.join(first)} and {last}" if first else f"{unit} {last}"

@@ -17,7 +17,7 @@ def data_notices(data: PreparedData, config: TrainConfig, packing_refused: str |
             )
         if report.count("warning"):
             messages.append(
-                f"{report.source} has {report.summary('warning')}; "
+                f"{report.source} may deserve a look ({report.summary('warning')}); "
                 f"`python -m dora_mlx.check {report.source}` names each"
             )
         messages += [f"{report.source}: {notice}" for notice in report.notices]
