@@ -8,6 +8,7 @@ from pathlib import Path
 import dora_mlx  # isort: skip  # noqa: F401
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dora_mlx.loading import LoadedModel, load_base
 from dora_mlx.registry import models_dir
@@ -53,3 +54,24 @@ def chat_file(tmp_path: Path) -> Path:
 def run(tmp_path: Path) -> RunFolder:
     """Where a run may go."""
     return RunFolder(tmp_path / "runs" / "a")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 60 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 4, trainer)
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return file
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, tokenizer_file: Path) -> Path:
+    """A folder for a model, with the tokenizer in it."""
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
