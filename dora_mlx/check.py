@@ -121,11 +121,13 @@ def _print_statistics(tokenized: "TokenizedSource", seconds: float) -> None:
         print(f"long or empty: {treated}")
     if not numbers.examples:
         return
-    lengths = ", ".join(
-        f"{length:,} ({percent} %)"
-        for percent, length in zip(PERCENTILES, numbers.percentiles, strict=True)
-    )
-    print(f"length in tokens, not exceeded by a share of the examples: {lengths}\n")
+    shortest, *between, longest = numbers.percentiles
+    shares = [
+        f"{length:,} for {percent} %"
+        for percent, length in zip(PERCENTILES[1:-1], between, strict=True)
+    ]
+    shares[0] += " of the examples"
+    print(f"length in tokens: {shortest:,} to {longest:,}; at most {', '.join(shares)}\n")
     print("\n".join(histogram(examples.examples.lengths)))
     if tokenized.kept:
         print(f"\nread in {seconds:.1f} s from what was tokenized before")

@@ -33,7 +33,7 @@ def test_good_file_gives_statistics_and_a_picture(chat_file, capsys):
     assert check.main([str(chat_file), "--show", "1"]) == 0
     output = capsys.readouterr().out
     assert "40 examples" in output
-    assert "(50 %)" in output
+    assert " for 50 %" in output
     assert re.search(r"\d+ to \d+ +#+ +\d+", output)
     assert re.search(r"prepared in .* tokens/s", output)
     # Not a terminal, so no colours but marks.

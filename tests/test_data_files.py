@@ -236,6 +236,23 @@ def test_the_same_fault_in_many_lines_is_told_once(tmp_path):
     assert "--columns prompt=frage completion=antwort" in listing[0]
 
 
+def test_a_misspelt_column_is_named_with_the_nearest(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,Frage,Antwort\n" + "1,Wie?,So.\n" * 3)
+    with pytest.raises(UserError) as caught:
+        read_records(path, columns=("prompt=frage", "completion=Antwort"))
+    assert "has 3 bad lines and no good one" in str(caught.value)
+    assert "no column 'frage' (did you mean 'Frage'?); the columns are 'id', 'Frage'" in str(
+        caught.value
+    )
+    # Which of three is the question is not for a program to guess.
+    with pytest.raises(UserError, match="--columns prompt=NAME completion=NAME"):
+        read_records(path)
+    reader = RecordReader(path, columns=("prompt=Frage", "completion=Antwort", "system=persona"))
+    assert len(list(reader)) == 3
+    assert reader.report.notices == ["no row has the column 'persona' of --columns system=persona"]
+
+
 def test_warnings_are_no_errors_and_name_their_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [chat(), chat(), chat("Hi", "Hey"), chat("Bell", "\a"), chat("Lost", "\ufffd")]

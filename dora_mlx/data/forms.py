@@ -4,6 +4,7 @@ A file has one form, found from the columns of its first row that has a known on
 are not known are mapped by ``--columns``: ``prompt=question completion=answer``.
 """
 
+import difflib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -124,14 +125,22 @@ def messages_of(value: Value, form: str) -> list[Message]:
     return read(value)
 
 
-def unknown_form(value: Value) -> BadRowError:
-    """The error for a row, before any of a known form, that is of none."""
+def unknown_form(value: Value, columns: dict[str, str]) -> BadRowError:
+    """The error for a row as in the file, before any of a known form, that is of none."""
     names = ", ".join(repr(name) for name in list(value)[:8]) or "none"
+    absent = [f"no column {name!r}{_nearest(name, value)}" for name in columns if name not in value]
+    if absent:
+        return BadRowError(f"there is {' and '.join(absent)}; the columns are {names}")
     hint = ""
     if len(value) >= 2 and all(isinstance(item, str) for item in value.values()):
-        first, second, *_ = value
+        first, second = value if len(value) == 2 else ("NAME", "NAME")
         hint = f"; name yours with --columns prompt={first} completion={second}"
     return BadRowError(f"{_KNOWN_FORMS} is there, the columns are {names}{hint}")
+
+
+def _nearest(name: str, value: Value) -> str:
+    nearest = difflib.get_close_matches(name, list(value), n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
 
 
 def _pair(question: tuple[str, Any], answer: tuple[str, Any]) -> list[Message]:

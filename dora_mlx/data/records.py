@@ -122,6 +122,7 @@ class RecordReader:
         self.form: str | None = None if form == "auto" else form
         self._given = self.form is not None
         self._columns = parse_columns(columns)
+        self._unseen = set(self._columns)
         self.report = Report(source, unit_of(source))
         self._seen: dict[bytes, int] = {}
         self._prompts: dict[bytes, int] = {}
@@ -144,6 +145,10 @@ class RecordReader:
                 continue
             self._warn(record)
             yield record
+        if self.form is not None:
+            for name in sorted(self._unseen):
+                known = self._columns[name]
+                report.notice(f"no row has the column {name!r} of --columns {known}={name}")
         if not report.rows:
             raise UserError(
                 f"{self.source} is empty: it needs at least one conversation, one a line."
@@ -159,11 +164,12 @@ class RecordReader:
     def _record(self, value: Any, line: int) -> Record:
         if not isinstance(value, dict):
             raise BadRowError(f"expected a JSON object but found {kind_of(value)}")
-        value = renamed(value, self._columns)
+        self._unseen.difference_update(value)
+        row, value = value, renamed(value, self._columns)
         if self.form is None:
             self.form = detect_form(value)
             if self.form is None:
-                raise unknown_form(value)
+                raise unknown_form(row, self._columns)
         messages = messages_of(value, self._form_of(value, self.form))
         check_characters(value)
         if self.form == "text":

@@ -74,11 +74,11 @@ class Report:
     def raise_errors(self) -> None:
         """Raise one ``UserError`` with every error, if there is any."""
         if self.bad_rows:
-            raise UserError(
-                f"{self.source} has {self.bad_rows} bad {self.unit}{'s'[: self.bad_rows > 1]}; "
-                "mend or remove them, or leave them out with --skip-bad-rows:\n"
-                + self.listing("error")
-            )
+            bad = f"{self.source} has {self.bad_rows} bad {self.unit}{'s'[: self.bad_rows > 1]}"
+            advice = "mend or remove them, or leave them out with --skip-bad-rows"
+            if self.bad_rows == self.rows:
+                bad, advice = f"{bad} and no good one", "mend them"
+            raise UserError(f"{bad}; {advice}:\n{self.listing('error')}")
 
     def listing(self, severity: Severity) -> str:
         """The ``sentences`` of a severity, each on an indented line."""

@@ -60,8 +60,9 @@ def histogram(lengths: npt.NDArray[np.integer]) -> list[str]:
     bars = length_bars(lengths)
     most = max((number for _, _, number in bars), default=0)
     wide = len(f"{bars[-1][1] + 1:,}") if bars else 0
+    ranges = [f"{low:>{wide},}" + (f" to {high:,}" if high > low else "") for low, high, _ in bars]
+    widest = max(map(len, ranges), default=0)
     return [
-        f"{low:>{wide},} to {high:<{wide},} "
-        f"{'#' * -(-_BAR_WIDTH * number // most):<{_BAR_WIDTH}} {number:,}"
-        for low, high, number in bars
+        f"{what:<{widest}} {'#' * -(-_BAR_WIDTH * number // most):<{_BAR_WIDTH}} {number:,}"
+        for what, (_, _, number) in zip(ranges, bars, strict=True)
     ]
