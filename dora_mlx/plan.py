@@ -17,9 +17,9 @@ DESCRIPTION = """\
 Say whether a training fits into this machine's memory, and what to change if it does not.
 
 Takes the options of `dora-mlx train`. No weights are read or downloaded: of a model that is not
-on this machine two small files of the Hub are enough, and without a network what
-`dora-mlx models` knows of it. With --data (and a model that is here) the longest examples of the
-file count, else --max-seq-length does. GB are 10^9 bytes.
+on this machine two small files of the Hub are enough, without a network what `dora-mlx models`
+knows of it, or a folder with a copy of its config.json. With --data (and a model that is here) the
+longest examples of the file count, else --max-seq-length does. GB are 10^9 bytes.
 """
 
 EXAMPLES = """\

@@ -168,6 +168,14 @@ def local_folder(name: str) -> Path | None:
         return _cached(place)
 
 
+def folder_without_weights(name: str) -> Path | None:
+    """The folder ``name`` if it describes a model, by its ``config.json``, and has no weights."""
+    path = os.path.expanduser(name)
+    if not os.path.isfile(os.path.join(path, "config.json")) or _has_weights(Path(path)):
+        return None
+    return Path(path)
+
+
 def download_file(repo: str, name: str, *, required: bool = True) -> Path | None:
     """One small file of a model on the Hub, kept in the Hugging Face cache.
 
@@ -246,7 +254,7 @@ def _folder_problem(folder: Path) -> str | None:
         return f"its config.json is broken ({error})"
     if not isinstance(config, dict) or "model_type" not in config:
         return "its config.json names no model_type"
-    if not any(folder.glob("model*.safetensors")):
+    if not _has_weights(folder):
         return "it has no weights (model*.safetensors)"
     missing = [name for name in _indexed_files(folder) if not (folder / name).is_file()]
     if missing:
@@ -254,6 +262,10 @@ def _folder_problem(folder: Path) -> str | None:
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         return "it has no tokenizer (tokenizer.json or tokenizer.model)"
     return None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("model*.safetensors"))
 
 
 def _indexed_files(folder: Path) -> list[str]:

@@ -1,8 +1,8 @@
 """A model without its weights: every module and shape, from the configuration alone.
 
-Where a model folder is on this machine its headers say everything. For one on the Hub two small
-files do, ``config.json`` and the index of its weights; without a network the registry knows the
-sizes of the models with a short name.
+Where a model folder is on this machine its headers say everything. Without weights two small files
+do, ``config.json`` and the index of the weights, in a folder or on the Hub; without a network the
+registry knows the sizes of the models with a short name.
 """
 
 import functools
@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from dora_mlx.errors import UserError
 from dora_mlx.loading import load_lazily, settled_arguments
 from dora_mlx.model_config import Config, read_json
-from dora_mlx.registry import ModelShape, download_file, find_entry, local_folder
+from dora_mlx.registry import (
+    ModelShape,
+    download_file,
+    find_entry,
+    folder_without_weights,
+    local_folder,
+)
 
 if TYPE_CHECKING:
     from mlx.nn.layers.base import Module
@@ -27,8 +33,9 @@ class ModelFacts:
     """What is known of a model before its weights are there.
 
     Attributes:
-        source: Where from: ``folder``, ``hub`` or ``registry``.
-        folder: The model folder, if it is on this machine.
+        source: Where from: ``folder``, ``configuration`` (a folder without weights), ``hub`` or
+            ``registry``.
+        folder: The model folder, if it is on this machine with its weights.
         config: Its configuration, or one of a llama of the same sizes.
         weights: Names of its tensors, or ``None`` where they are unknown.
     """
@@ -43,13 +50,15 @@ def find_facts(name: str, ask_hub: bool = True) -> ModelFacts:
     """What is known of the model ``name``.
 
     Args:
-        name: Alias, folder or Hub name.
+        name: Alias, folder (of which ``config.json`` is enough) or Hub name.
         ask_hub: Whether the Hub may be asked about a model that the registry knows as well.
 
     Raises:
         UserError: If there is no such model, or the Hub is needed and does not answer.
     """
     entry = find_entry(name)
+    if entry is None and (described := folder_without_weights(name)) is not None:
+        return _described("configuration", read_json(described / "config.json"), described / _INDEX)
     folder = local_folder(name)
     if folder is not None:
         return ModelFacts("folder", folder, read_json(folder / "config.json"), None)
@@ -152,7 +161,10 @@ def _from_registry(shape: ModelShape) -> ModelFacts:
 def _from_hub(repo: str) -> ModelFacts:
     file = download_file(repo, "config.json")
     config = read_json(file) if file is not None else {}
-    index = download_file(repo, _INDEX, required=False)
-    names = read_json(index).get("weight_map") if index is not None else None
+    return _described("hub", config, download_file(repo, _INDEX, required=False))
+
+
+def _described(source: str, config: Config, index: Path | None) -> ModelFacts:
+    names = read_json(index).get("weight_map") if index is not None and index.is_file() else None
     weights = frozenset(names) if isinstance(names, dict) else None
-    return ModelFacts("hub", None, config, weights)
+    return ModelFacts(source, None, config, weights)

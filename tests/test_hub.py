@@ -260,6 +260,15 @@ def test_two_small_files_of_the_hub_are_enough_for_a_plan(hub, cache, monkeypatc
     skeleton._from_hub.cache_clear()
 
 
+def test_a_copied_configuration_is_enough_for_a_plan(closed_network, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    facts = skeleton.find_facts(str(tmp_path))
+    assert (facts.source, facts.folder, facts.weights) == ("configuration", None, None)
+    assert "scales" in skeleton.build_skeleton(facts).layers[1].self_attn.q_proj
+    # To train it, the weights are needed after all.
+    assert "no weights" in message_of(str(tmp_path))
+
+
 def test_without_a_network_the_registry_knows_the_sizes(closed_network):
     facts = skeleton.find_facts("qwen3-0.6b-4bit")
     assert facts.source == "registry"
