@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from dora_mlx.chat_model import ChatModel
 
 DESCRIPTION = """\
-Talk to trained models in the terminal. Several adapters may share one base model in memory.
+Talk to trained models in the terminal. Several adapters may share one base model in memory: the
+first one answers until you choose another.
 An empty line or Ctrl-D ends the chat; Ctrl-C stops an answer; /help lists what else there is.
 """
 

@@ -85,7 +85,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         nargs="+",
         default=[],
-        help="A run, or several of one base model; the first one answers.",
+        help="A run, or several of one base model.",
     )
     add_runs_dir_flag(parser)
     add_checkpoint_flag(parser)
@@ -131,7 +131,7 @@ def add_option_flags(
         if only and option.name not in only:
             continue
         group = advanced if option.metadata["advanced"] else basic
-        hint = plain_type(types[option.name])
+        hint, metavar = plain_type(types[option.name]), option.metadata["metavar"]
         help_text = option.metadata["help"].replace("%", "%%") + _default(option.default)
         keywords: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
         if hint is bool:
@@ -139,9 +139,9 @@ def add_option_flags(
         elif get_origin(hint) is Literal:
             keywords["choices"] = get_args(hint)
         elif get_origin(hint) is tuple:
-            keywords |= {"nargs": "+", "metavar": option.metadata["metavar"]}
+            keywords |= {"nargs": "+", "metavar": metavar}
         else:
-            keywords |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+            keywords |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, metavar)}
         group.add_argument(flag_of(option.name), **keywords)
 
 

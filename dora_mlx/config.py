@@ -30,7 +30,8 @@ def knob(
     """A field of an options dataclass: its default, help text (with units) and bounds.
 
     ``on_resume`` marks what a resumed run may change: its length and its habits, but nothing
-    that the steps so far depend on. ``metavar`` stands in a help for each value of a list.
+    that the steps so far depend on. ``metavar`` stands in a help for a text, or each
+    one of a list.
     """
     metadata = {
         "help": help,
@@ -60,9 +61,12 @@ class TrainConfig:
         "File (JSONL, JSON, CSV, TSV, Parquet or text, also gzip), folder with train.* and maybe "
         "valid.* and test.*, or hub:owner/name. "
         "Default: the sample that comes with the starter model.",
+        metavar="FILE",
     )
     valid_data: str | None = knob(
-        None, "Data to validate on. Default: a part of the data, see --valid-fraction."
+        None,
+        "Data to validate on. Default: a part of the data, see --valid-fraction.",
+        metavar="FILE",
     )
     valid_fraction: float = knob(
         0.1,
@@ -119,12 +123,14 @@ class TrainConfig:
         "Begin with the adapter in this folder, of dora-mlx, mlx-lm or PEFT. It says method, rank, "
         "alpha and layers.",
         advanced=True,
+        metavar="DIR",
     )
     rank: int = knob(8, "Rank of the low-rank update.", minimum=1, maximum=1024)
     rank_overrides: tuple[str, ...] = knob(
         (),
-        "Other ranks for some layers, as NAME=RANK with a name or pattern: v_proj=16 mlp.*=4.",
+        "Other ranks for some layers, by name or pattern: v_proj=16 mlp.*=4.",
         advanced=True,
+        metavar="NAME=RANK",
     )
     alpha: float = knob(
         16.0, "Strength of the update: its scale is alpha / rank.", minimum=1e-3, maximum=1e4
@@ -159,7 +165,9 @@ class TrainConfig:
         minimum=1e-3,
         on_resume=True,
     )
-    steps: int | None = knob(None, "Number of optimizer steps.", minimum=1, on_resume=True)
+    steps: int | None = knob(
+        None, "Number of optimizer steps. Default: see --epochs.", minimum=1, on_resume=True
+    )
     batch_size: int = knob(4, "Examples in one forward pass.", minimum=1, maximum=4096)
     grad_accumulation_steps: int = knob(
         1, "Forward passes per optimizer step and worker.", minimum=1, maximum=4096, advanced=True

@@ -54,7 +54,7 @@ class Sampling:
         advanced=True,
     )
     stop: tuple[str, ...] = knob(
-        (), "Texts that end the answer; they are not part of it.", advanced=True
+        (), "Texts that end the answer; they are not part of it.", advanced=True, metavar="TEXT"
     )
 
     def __post_init__(self) -> None:

@@ -22,7 +22,8 @@ from dora_mlx.sampling import Sampling
 
 DESCRIPTION = """\
 Serve trained models to other programs on this machine, by OpenAI's protocol (mlx-lm's server).
-A request names a run, or the base model, in its field "model". Ctrl-C ends the server.
+A request names a run, or the base model, in its field "model"; without one the first run answers.
+Ctrl-C ends the server.
 """
 
 EXAMPLES = """\

@@ -35,7 +35,7 @@ from dora_mlx.run_folder import (
 DESCRIPTION = """\
 Fine-tune a language model on your own chat file with DoRA.
 
-Without arguments it trains the embedded starter model on the sample data: about a minute.
+Without arguments it trains the embedded starter model on the sample data: a minute or two.
 Steps are optimizer updates, lengths are tokens, memory is in GB (10^9 bytes).
 """
 
