@@ -51,7 +51,9 @@ class LoadedModel:
         return int(logits.shape[-1])
 
 
-def load_base(path: Path, *, lazy: bool = False) -> LoadedModel:
+def load_base(
+    path: Path, *, lazy: bool = False, tokenizer: "TokenizerWrapper | None" = None
+) -> LoadedModel:
     """Load the model in a folder and make sure that all of it arrived.
 
     On a CPU device every floating parameter, scale and bias becomes float32, exactly: 16-bit
@@ -61,6 +63,7 @@ def load_base(path: Path, *, lazy: bool = False) -> LoadedModel:
         path: The folder.
         lazy: Leave every array as it is stored, to be read when it is asked for: what a model
             is made of, for no memory. Such a model is for looking at, not for computing.
+        tokenizer: The folder's own, if it is loaded already: a large one takes seconds.
 
     Raises:
         UserError: If a file is missing, broken or cut short, the architecture is not one of
@@ -69,7 +72,9 @@ def load_base(path: Path, *, lazy: bool = False) -> LoadedModel:
     model, config = load_lazily(path)
     if not lazy:
         _make_ready(model)
-    return LoadedModel(model, _load_tokenizer(path, config), config, path)
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(path, config)
+    return LoadedModel(model, tokenizer, config, path)
 
 
 def load_lazily(path: Path) -> "tuple[Module, Config]":

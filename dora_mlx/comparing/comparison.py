@@ -22,7 +22,7 @@ from dora_mlx.comparing.settings import Contender, Settings, swept
 from dora_mlx.config import SMALL_MODEL, TrainConfig
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_product import is_quantized, parameter_count
-from dora_mlx.loading import load_base
+from dora_mlx.loading import load_base, load_lazily
 from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.events import Listener, read_events
@@ -351,7 +351,8 @@ class _Runner:
 def with_sweep(settings: Settings) -> Settings:
     """The same comparison with a sweep around the rate of every contender that has only one."""
     config = settings.config
-    small = parameter_count(load_base(resolve(config.model)).model) < SMALL_MODEL
+    model, _ = load_lazily(resolve(config.model))
+    small = parameter_count(model) < SMALL_MODEL
     rates = {}
     for contender in settings.contenders:
         given = settings.learning_rates[contender.name]

@@ -205,7 +205,8 @@ def _prepare(
     """Read the data, load the model, attach the adapter and settle what was left open."""
     path = resolve(config.model)
     # Bad data is reported before the weights are read.
-    data = prepare(config, training_source(config), load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    data = prepare(config, training_source(config), tokenizer)
     train = data.train
     if not len(train.examples):
         raise UserError(
@@ -216,10 +217,10 @@ def _prepare(
     # What fits on the leader's machine is done on all.
     config = TrainConfig.from_dict(workers.share(config.to_dict()))
     if "max_seq_length" in chosen:
-        data = prepare(config, training_source(config), load_tokenizer(path))
+        data = prepare(config, training_source(config), tokenizer)
         train = data.train
     memory_before = mx.get_active_memory()
-    base = load_base(path)
+    base = load_base(path, tokenizer=tokenizer)
     refused = why_not_packed(base.model) if config.pack else None
     window = config.max_seq_length if config.pack and refused is None else None
     batches = BatchStream(train.examples, config.batch_size, config.seed, window)
