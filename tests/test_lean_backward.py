@@ -10,9 +10,9 @@ from mlx.utils import tree_flatten
 
 from dora_mlx.adapters.attach import attach
 from dora_mlx.kernels import recomputation
-from dora_mlx.kernels.recomputation import product, remembered
+from dora_mlx.kernels.recomputation import product, recomputed, remembered
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
-from dora_mlx.training.lean_backward import lean_attention, lean_backward, recomputed
+from dora_mlx.training.lean_backward import lean_attention, lean_backward
 
 SIZES = {
     "hidden_size": 64,

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 # From the cotangent at which a backward has come to need an array, to the array.
 Recipe = Callable[[mx.array], mx.array]
@@ -64,9 +65,71 @@ def recipe_of(x: mx.array) -> Recipe:
     return lambda cotangent: later([x], cotangent)[0]
 
 
-def later(arrays: list[mx.array], cotangent: mx.array) -> list[mx.array]:
-    """The same arrays, available only when the backward has come to ``cotangent``."""
-    return cast(list[mx.array], mx.depends(arrays, [cotangent]))
+def later(arrays: list[mx.array], *cotangents: mx.array) -> list[mx.array]:
+    """The same arrays, available only when the backward has come to ``cotangents``."""
+    return cast(list[mx.array], mx.depends(arrays, list(cotangents)))
+
+
+def together(*gradients: mx.array) -> tuple[mx.array, ...]:
+    """The same arrays, none of them available before all are.
+
+    A backward goes on with the gradient of an input, and may come to those of parameters at its
+    end: until then what they need is kept.
+    """
+    return tuple(mx.depends(list(gradients), list(gradients)))
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose backward computes it again from its arguments alone.
+
+    ``mx.checkpoint`` lets that begin as soon as the forward has ended, and MLX then has the insides
+    of several blocks in memory at a time. Here it begins when the cotangents are there.
+
+    Args:
+        function: Arguments and result are trees of arrays and other things.
+    """
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arrays, rebuild = flattened([args, kwargs])
+        rebuild_result: Any = None
+
+        def of_arrays(*arrays: mx.array) -> list[mx.array]:
+            nonlocal rebuild_result
+            own_args, own_kwargs = rebuild(list(arrays))
+            results, rebuild_result = flattened(function(*own_args, **own_kwargs))
+            return results
+
+        forward = mx.custom_function(of_arrays)
+
+        @forward.vjp
+        def backward(primals: Any, cotangents: list[mx.array], _: Any) -> Any:
+            inputs = [primals] if isinstance(primals, mx.array) else list(primals)
+            gradients = mx.vjp(of_arrays, later(inputs, *cotangents), cotangents)[1]
+            return tuple(gradients) if len(gradients) > 1 else gradients[0]
+
+        results = forward(*arrays)
+        return rebuild_result(results)
+
+    return call
+
+
+def flattened(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
+    """The arrays in a tree, and how to build it from others."""
+    leaves: list[mx.array] = []
+
+    def take(value: Any) -> Any:
+        if isinstance(value, mx.array):
+            leaves.append(value)
+        return value
+
+    tree_map(take, tree)
+
+    def rebuild(arrays: list[mx.array]) -> Any:
+        left = iter(arrays)
+        return tree_map(lambda v: next(left) if isinstance(v, mx.array) else v, tree)
+
+    return leaves, rebuild
 
 
 def product(x: mx.array, a: mx.array) -> mx.array:
@@ -82,6 +145,7 @@ def product(x: mx.array, a: mx.array) -> mx.array:
         primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
     ) -> tuple[mx.array, mx.array]:
         rows = recipe(cotangent).reshape(-1, width)
-        return cotangent @ primals[1].T, rows.T @ cotangent.reshape(len(rows), -1)
+        d_x, d_a = together(cotangent @ primals[1].T, rows.T @ cotangent.reshape(len(rows), -1))
+        return d_x, d_a
 
     return cast(mx.array, forward(x, a))

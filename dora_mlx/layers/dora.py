@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from dora_mlx.kernels.frozen_product import on_cpu
 from dora_mlx.kernels.gain_backward import expert_gain_backward, gain_backward
+from dora_mlx.kernels.recomputation import together
 from dora_mlx.kernels.row_norm import (
     AdaptedNorm,
     RowNorm,
@@ -72,7 +73,7 @@ def dora_product(
                 cotangent, scaled, magnitude, norm, experts
             )
         _, d_inputs = mx.vjp(terms, own_inputs, [d_direction, d_direction])
-        return d_magnitude, *d_inputs
+        return together(d_magnitude, *d_inputs)
 
     return cast(mx.array, product(magnitude, *inputs))
 

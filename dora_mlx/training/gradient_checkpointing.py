@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
+
+from dora_mlx.kernels.recomputation import recomputed
 
 
 @contextmanager
@@ -40,6 +41,6 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
             self.update(parameters)
             return original.__call__(self, *args, **kwargs)
 
-        return mx.checkpoint(forward)(self.trainable_parameters(), *args, **kwargs)
+        return recomputed(forward)(self.trainable_parameters(), *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call})

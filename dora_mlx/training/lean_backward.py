@@ -15,7 +15,7 @@ with MLX's own operations.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from dora_mlx.kernels.frozen_product import on_cpu
-from dora_mlx.kernels.recomputation import later, recipe_of, remember, remembered
+from dora_mlx.kernels.recomputation import later, recipe_of, recomputed, remember, remembered
 from dora_mlx.training import dear_exponentials
 from dora_mlx.training.substitutes import standing_in
 
@@ -59,26 +59,6 @@ def lean_backward() -> Iterator[None]:
 
 def _cheap(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return remembered(recomputed(function), function)
-
-
-def recomputed(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """``function`` of arrays, computed again in the backward from its inputs alone."""
-
-    @mx.custom_function
-    def forward(*inputs: mx.array) -> mx.array:
-        return function(*inputs)
-
-    @forward.vjp
-    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        inputs = list(primals) if isinstance(primals, tuple | list) else [primals]
-        gradients = mx.vjp(function, later(inputs, cotangent), [cotangent])[1]
-        return tuple(gradients) if len(gradients) > 1 else gradients[0]
-
-    @wraps(function)
-    def call(*inputs: mx.array) -> mx.array:
-        return cast(mx.array, forward(*inputs))
-
-    return call
 
 
 def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:

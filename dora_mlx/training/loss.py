@@ -149,7 +149,10 @@ def _chunk_by_chunk(
             gradients.append(d_part)
         else:
             total = total + chunk_loss(part, labels)
-    return total, mx.concatenate(gradients) if gradients else mx.zeros_like(hidden)
+    if not gradients:
+        return total, mx.zeros_like(hidden)
+    # The last logits go before the backward through the body begins.
+    return total, mx.depends([mx.concatenate(gradients)], [total])[0]
 
 
 def _cross_entropy_sum(logits: mx.array, targets: mx.array, gradient: bool) -> mx.array:
@@ -190,7 +193,7 @@ def _output_layer(model: nn.Module, hidden: mx.array) -> mx.array:
     # As a dictionary item: an attribute would change the order of the parameters.
     model["model"] = _Computed(body, hidden[None])
     try:
-        return cast(mx.array, model(mx.zeros((1, len(hidden)), mx.int32))[0])
+        return cast(mx.array, model(mx.zeros((1, len(hidden)), mx.int32)).squeeze(0))
     finally:
         model["model"] = body
 

@@ -13,8 +13,8 @@ from itertools import count
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
+from dora_mlx.kernels.recomputation import flattened
 from dora_mlx.training.substitutes import standing_in
 
 Arrays = list[mx.array]
@@ -169,7 +169,7 @@ class Tracer:
             before, argument, after = (
                 arguments[:argnums], arguments[argnums], arguments[argnums + 1 :],
             )  # fmt: skip
-            arrays, rebuild = _flattened(argument)
+            arrays, rebuild = flattened(argument)
 
             def of_arrays(*arrays: mx.array) -> Any:
                 return function(*before, rebuild(list(arrays)), *after)
@@ -183,13 +183,13 @@ class Tracer:
         """``mx.checkpoint``."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            arrays, rebuild = _flattened([args, kwargs])
+            arrays, rebuild = flattened([args, kwargs])
             rebuild_output: Any = None
 
             def of_arrays(*arrays: mx.array) -> Arrays:
                 nonlocal rebuild_output
                 filled_args, filled_kwargs = rebuild(list(arrays))
-                outputs, rebuild_output = _flattened(function(*filled_args, **filled_kwargs))
+                outputs, rebuild_output = flattened(function(*filled_args, **filled_kwargs))
                 return outputs
 
             def backward(arguments: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
@@ -262,24 +262,6 @@ class _CustomFunction:
 
         results = self._tracer.call(function, list(arguments), backward)
         return results[0] if single else tuple(results)
-
-
-def _flattened(tree: Any) -> tuple[Arrays, Callable[[Arrays], Any]]:
-    """The arrays in a tree, and how to build it from others."""
-    leaves: Arrays = []
-
-    def take(value: Any) -> Any:
-        if isinstance(value, mx.array):
-            leaves.append(value)
-        return value
-
-    tree_map(take, tree)
-
-    def rebuild(arrays: Arrays) -> Any:
-        left = iter(arrays)
-        return tree_map(lambda v: next(left) if isinstance(v, mx.array) else v, tree)
-
-    return leaves, rebuild
 
 
 def _shapes(arrays: Arrays) -> list[tuple[int, ...]]:
