@@ -1,19 +1,20 @@
 """DoRA against LoRA: single layers, whole training steps, and decoding.
 
     python -m benchmarks.dora [--json FILE] [--only layers,few,steps,decode] [--repetitions N]
-                              [--weights 4-bit,dense]
+                              [--weights 4-bit,dense] [--variants "our DoRA,our LoRA"]
 
 Four variants on the same frozen weights: our DoRA and LoRA, and mlx-lm's. On the CPU mlx-lm's
 LoRA gets our product with the frozen weight too, since MLX's quantized CPU product is some 20
 times slower and would hide everything else; its DoRA dequantizes by itself. Our DoRA computes its
-norms in every step. In whole steps every variant has the chunked loss. Two more are mlx-lm's LoRA
-with its own loss, through the logits of all positions, and our DoRA as it is trained here, with
-attention and activations recomputed in the backward. Ratios are to mlx-lm's LoRA.
+norms in every step. In whole steps every variant has our chunked loss and our checkpointing. Two
+more are mlx-lm's LoRA with its own loss, through the logits of all positions, and our DoRA as it
+is trained here, with attention and activations recomputed in the backward. Ratios are to mlx-lm's
+LoRA.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -47,8 +48,9 @@ LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
 WEIGHTS = {"4-bit": 4, "dense": None}
 REFERENCE = "mlx-lm LoRA"
 VARIANTS = (REFERENCE, "mlx-lm DoRA", "our LoRA", "our DoRA")
-OWN_LOSS = "mlx-lm LoRA, own loss"
+OWN_LOSS = "mlx-lm LoRA with its own loss"
 AS_TRAINED = "our DoRA as trained"
+STEP_VARIANTS = (*VARIANTS, OWN_LOSS, AS_TRAINED)
 # 8 blocks, 768 wide, vocabulary 32,000: 105 million parameters.
 LLAMA = {
     "model_type": "llama",
@@ -72,11 +74,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="Write the measurements to this file.")
     parser.add_argument("--only", default="layers,few,steps,decode", help="Parts to run.")
     parser.add_argument("--weights", default=",".join(WEIGHTS), help="Kinds of frozen weights.")
+    parser.add_argument("--variants", help="Those of whole steps besides mlx-lm's LoRA; or all.")
     parser.add_argument("--repetitions", type=int, default=3, help="Timed runs of every variant.")
     arguments = parser.parse_args()
     about = environment()
     print("\n".join(f"- {name}: {value}" for name, value in about.items()), flush=True)
-    parts = {"layers": layers, "few": few, "steps": steps, "decode": decode}
+    chosen = (arguments.variants or ",".join(STEP_VARIANTS)).split(",")
+    parts = {
+        "layers": layers,
+        "few": few,
+        "steps": partial(steps, variants=dict.fromkeys((REFERENCE, *chosen))),
+        "decode": decode,
+    }
     results: Results = {}
     for part, kind in product(arguments.only.split(","), arguments.weights.split(",")):
         for title, rows in parts[part](kind, arguments.repetitions):
@@ -173,15 +182,16 @@ def _layer_job(model: nn.Module, x: mx.array, d: mx.array) -> Callable[[], objec
     return job
 
 
-def steps(kind: str, repetitions: int) -> Iterator[tuple[str, Rows]]:
+def steps(
+    kind: str, repetitions: int, variants: Iterable[str] = STEP_VARIANTS
+) -> Iterator[tuple[str, Rows]]:
     """A whole training step: loss, gradients, Adam."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, LLAMA["vocab_size"], (4, 513)).astype(np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], np.ones((4, 512), np.float32))
     for checkpointing in (False, True):
         jobs = {
-            variant: _step_job(variant, WEIGHTS[kind], batch, checkpointing)
-            for variant in (*VARIANTS, OWN_LOSS, AS_TRAINED)
+            variant: _step_job(variant, WEIGHTS[kind], batch, checkpointing) for variant in variants
         }
         how = "with" if checkpointing else "without"
         title = f"Step of a {kind} llama of 105M, 4x512 tokens, {how} gradient checkpointing"

@@ -24,6 +24,8 @@ import mlx.nn as nn
 BLOCK_VALUES = 1 << 20
 # Up to this many input rows (decoding) the quantized kernel beats dequantizing all of W.
 FEW_ROWS = 3
+# No fewer operations, one after the other, than it takes: 6 do for 4 bits.
+_DEPTH_OF_DEQUANTIZING = 10
 # What mx.quantize divides a global scale by: the largest products of e4m3 scales and e2m1 values.
 _NVFP4_RANGE = 448 * 6
 
@@ -220,13 +222,19 @@ class SharedReading:
         self.constant_product = mx.concatenate(self._parts)
 
     def product(self, x: mx.array) -> mx.array:
-        """``x W^T``: ``[..., in] -> [..., out]``, as ``frozen_product`` computes it; once."""
+        """``x W^T``: ``[..., in] -> [..., out]``, as ``frozen_product`` computes it; once.
+
+        A block cannot wait for the product of x with the one before, or the constant product would
+        hang on x. MLX runs first what is most operations away from the result, so each product is
+        put as many away from the next one as dequantizing takes.
+        """
         columns: list[mx.array] = []
         while self._weights:
             # Taken from the lists: whatever refers to a block keeps it in memory.
             column, part = x @ self._weights.pop(0).T, self._parts.pop(0)
             columns += mx.depends([column], [part])
-            (x,) = mx.depends([x], [columns[-1]])
+            for _ in range(_DEPTH_OF_DEQUANTIZING):
+                (x,) = mx.depends([x], [columns[-1]])
         return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
 
 
