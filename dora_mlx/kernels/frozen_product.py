@@ -24,8 +24,7 @@ import mlx.nn as nn
 BLOCK_VALUES = 1 << 20
 # Up to this many input rows (decoding) the quantized kernel beats dequantizing all of W.
 FEW_ROWS = 3
-# No fewer operations, one after the other, than it takes: 6 do for 4 bits.
-_DEPTH_OF_DEQUANTIZING = 10
+_DEPTH_OF_DEQUANTIZING = 10  # Operations one after the other; 6 suffice for 4 bits.
 # What mx.quantize divides a global scale by: the largest products of e4m3 scales and e2m1 values.
 _NVFP4_RANGE = 448 * 6
 
@@ -224,9 +223,9 @@ class SharedReading:
     def product(self, x: mx.array) -> mx.array:
         """``x W^T``: ``[..., in] -> [..., out]``, as ``frozen_product`` computes it; once.
 
-        A block cannot wait for the product of x with the one before, or the constant product would
-        hang on x. MLX runs first what is most operations away from the result, so each product is
-        put as many away from the next one as dequantizing takes.
+        No block waits for the product of x with the one before, or the constant product would hang
+        on x. But MLX runs first what is most operations away from the result, so each product is
+        as many away from the next one as dequantizing takes.
         """
         columns: list[mx.array] = []
         while self._weights:
@@ -339,14 +338,13 @@ def _blocked_product(x: mx.array, base: nn.Module) -> mx.array:
     *experts, out, _ = weight_shape(base)
     if experts:
         for start in range(0, experts[0] * out, out):
-            own = x[start // out]
-            own = own if not columns else mx.depends([own], [columns[-1]])[0]
-            columns.append(own @ weight_rows(base, start, start + out, x.dtype, own).T)
+            weight = weight_rows(base, start, start + out, x.dtype, columns[-1] if columns else x)
+            columns.append(x[start // out] @ weight.T)
         return mx.stack(columns)
     for start, stop in row_blocks(base):
-        # The dependencies keep one dequantized block alive at a time.
-        rows = x if not columns else mx.depends([x], [columns[-1]])[0]
-        columns.append(rows @ weight_rows(base, start, stop, x.dtype, rows).T)
+        # One dequantized block at a time.
+        weight = weight_rows(base, start, stop, x.dtype, columns[-1] if columns else x)
+        columns.append(x @ weight.T)
     return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
 
 
@@ -362,11 +360,8 @@ def _blocked_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
     total: mx.array | None = None
     for start, stop in row_blocks(base):
         part = d[..., start:stop]
-        if total is None:
-            total = part @ weight_rows(base, start, stop, d.dtype, part)
-        else:
-            part = mx.depends([part], [total])[0]
-            total = mx.addmm(total, part, weight_rows(base, start, stop, d.dtype, part))
+        weight = weight_rows(base, start, stop, d.dtype, d if total is None else total)
+        total = part @ weight if total is None else mx.addmm(total, part, weight)
     if total is None:
         raise ValueError("a weight with no rows has no product")
     return total

@@ -21,7 +21,7 @@ from dora_mlx.training.packed_attention import attention_arguments
 # Logits alive at a time: 32 MiB in float32.
 _CHUNK_VALUES = 1 << 23
 # On the CPU every chunk dequantizes the output layer's weight once more in each direction.
-_CPU_CHUNK_VALUES = 1 << 25
+_CPU_CHUNK_VALUES = 1 << 24
 # Fewer rows would read the output layer's weight more often than it pays.
 _SMALLEST_CHUNK = 64
 # How far the two may differ relative to the loss; summing in another order explains far less.
@@ -193,7 +193,7 @@ def _output_layer(model: nn.Module, hidden: mx.array) -> mx.array:
     # As a dictionary item: an attribute would change the order of the parameters.
     model["model"] = _Computed(body, hidden[None])
     try:
-        return cast(mx.array, model(mx.zeros((1, len(hidden)), mx.int32)).squeeze(0))
+        return cast(mx.array, model(mx.zeros((1, len(hidden)), mx.int32))[0])
     finally:
         model["model"] = body
 

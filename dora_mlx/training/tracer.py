@@ -133,9 +133,11 @@ class Tracer:
             [*cotangents, *(stand_in.array for part in wanted for stand_in in part)],
         )
         arriving = iter(gradients[len(primals) :])
-        for call, reply, gradient in zip(calls, replies, wanted, strict=True):
+        arrived_at = [[next(arriving).squeeze(0) for _ in reply] for reply in replies]
+        parts = list(zip(calls, replies, wanted, arrived_at, strict=True))
+        # Last calls first, as in a backward: one may leave to the next what it has computed.
+        for call, reply, gradient, arrived in reversed(parts):
             self._resolve(reply, call.results)
-            arrived = [next(arriving).squeeze(0) for _ in reply]
             found = call.backward(call.arguments, arrived, [r.array.squeeze(0) for r in reply])
             kinds = zip(call.arguments, found, strict=True)
             self._resolve(gradient, [g for a, g in kinds if _is_float(a)])
