@@ -6,12 +6,16 @@ from importlib import import_module
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from dora_mlx.adapters.attach import attach
 from dora_mlx.kernels import recomputation
+from dora_mlx.kernels.frozen_product import use_blocked_products
 from dora_mlx.kernels.recomputation import product, recomputed, remembered
+from dora_mlx.layers import DoRALinear, hoisted_norms
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
+from dora_mlx.training.graph import trace
+from dora_mlx.training.graph_memory import peak_of
 from dora_mlx.training.lean_backward import lean_attention, lean_backward
 
 SIZES = {
@@ -172,6 +176,78 @@ def test_a_deep_model_trains_in_far_less_memory(monkeypatch):
     print(lean / plain, lean / keeping)
     assert lean < 0.5 * plain
     assert lean < 0.85 * keeping
+
+
+def test_a_checkpointed_block_adds_its_input_and_its_gradients():
+    # Insides of a block that began its second forward early, inputs that late gradients of an
+    # adapter keep, or weights dequantized before they are needed, would come on top.
+    tokens = mx.arange(2 * 256).reshape(2, 256) % 97
+
+    def peak(blocks):
+        model = tiny("llama", num_hidden_layers=blocks, intermediate_size=384)
+        nn.quantize(model, 32, 4, class_predicate=lambda path, _: path.endswith("base"))
+        use_blocked_products(model)
+        names, arrays = zip(*tree_flatten(model.parameters()), strict=True)
+
+        def step(*arrays):
+            model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+            with hoisted_norms(model), lean_backward(), checkpointed_blocks(model):
+                function = nn.value_and_grad(model, lambda tokens: mx.square(model(tokens)).mean())
+                loss, gradients = function(tokens)
+            return [loss, *(gradient for _, gradient in tree_flatten(gradients))]
+
+        gradients = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+        return peak_of(trace(step, list(arrays))).total, gradients
+
+    (few, few_gradients), (many, many_gradients) = peak(3), peak(9)
+    block_input = 2 * 256 * 64 * 4
+    assert (many - few) / 6 <= 1.1 * (block_input + (many_gradients - few_gradients) / 6)
+
+
+def before(graph, name):
+    """The operations that an array of a graph waits for, its own included."""
+    maker = {output: node for node in graph.nodes for output in node.outputs}
+    found, waiting = [], [name]
+    while waiting:
+        node = maker.get(waiting.pop())
+        if node is not None and node not in found:
+            found.append(node)
+            waiting += node.inputs
+    return found
+
+
+def test_a_block_is_computed_again_when_its_cotangent_is_there_and_not_earlier():
+    def step(x):
+        return list(mx.vjp(lambda x: mx.sin(recomputed(mx.exp)(x)), [x], [mx.ones(8)])[1])
+
+    graph = trace(step, [mx.zeros(8)])
+    again = [
+        node
+        for node in graph.nodes
+        if node.kind == "Exp" and "Cos" in {n.kind for n in before(graph, node.outputs[0])}
+    ]
+    assert len(again) == 1
+
+
+def test_a_backward_goes_on_when_it_has_the_gradients_of_an_adapter():
+    layer = DoRALinear.from_base(nn.Linear(16, 12, bias=False), rank=3)
+    names, arrays = zip(*tree_flatten(layer.trainable_parameters()), strict=True)
+
+    def step(x, *arrays):
+        def output(x, *arrays):
+            layer.update(dict(zip(names, arrays, strict=True)))
+            return [layer(x)]
+
+        return list(mx.vjp(output, [x, *arrays], [mx.ones((5, 12))])[1])
+
+    graph = trace(step, [mx.zeros((5, 16)), *arrays])
+    first, *others = graph.outputs
+    assert len(others) == 3
+    earlier = before(graph, first)
+    for other in others:
+        work = [node for node in before(graph, other) if node.kind in ("Matmul", "Reduce")]
+        assert work
+        assert all(node in earlier for node in work)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
