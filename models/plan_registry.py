@@ -1,4 +1,4 @@
-"""Write the planned memory of every model into ``registry.toml``, and of some into the README.
+"""Write the planned memory of every model into ``registry.toml``, and of some into two pages.
 
     python models/plan_registry.py
 
@@ -6,6 +6,7 @@ Models whose configuration is neither on this machine nor to be had from the Hub
 llama of the sizes that the registry gives.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -16,31 +17,33 @@ from dora_mlx.training.memory_figures import MemoryPlan
 from dora_mlx.training.memory_plan import Machine, plan_for
 
 REGISTRY = Path(__file__).parent / "registry.toml"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+# Pages with a table of models, and the Macs that it has, by GB.
+PAGES = {ROOT / "README.md": (16, 24, 32), ROOT / "docs" / "memory.md": (16, 24, 32, 64)}
 # Inputs of 512 tokens: the last token of a row is only a target.
 TYPICAL_LENGTH = 513
-README_MACS = (16, 24, 32)
-README_LENGTHS = (512, 2048)
+LENGTHS = (512, 2048)
 
 
+@functools.cache
 def planned(alias: str, length: int, mac: float = 512) -> MemoryPlan:
     """A training step with the default options and rows of ``length`` tokens on a Mac."""
     facts = find_facts(alias, ask_hub=False)
     return plan_for(TrainConfig(model=alias, max_seq_length=length), facts, None, Machine.mac(mac))
 
 
-def readme_row(alias: str) -> str:
-    """A model's line of the memory table in the README."""
-    sizes = [f"{planned(alias, length).peak / 1e9:.1f} GB" for length in README_LENGTHS]
-    longest = README_LENGTHS[-1]
-    verdicts = [planned(alias, longest, mac).verdict for mac in README_MACS]
+def table_row(alias: str, macs: tuple[int, ...]) -> str:
+    """A model's line in the table of a page."""
+    sizes = [f"{planned(alias, length).peak / 1e9:.1f} GB" for length in LENGTHS]
+    verdicts = [planned(alias, LENGTHS[-1], mac).verdict for mac in macs]
     words = ["no" if verdict == "does not fit" else verdict for verdict in verdicts]
     return f"| {' | '.join([alias, *sizes, *words])} |"
 
 
 def main() -> None:
-    """Replace every ``train_memory_gb``, and the rows that the README has."""
-    registry, readme = REGISTRY.read_text(), README.read_text()
+    """Replace every ``train_memory_gb``, and the rows that the pages have."""
+    registry = REGISTRY.read_text()
+    pages = {page: page.read_text() for page in PAGES}
     for entry in list_models():
         table = re.compile(
             rf'(\[models\."?{re.escape(entry.alias)}"?\].*?train_memory_gb = )[\d.]+', re.DOTALL
@@ -48,10 +51,12 @@ def main() -> None:
         peak = planned(entry.alias, TYPICAL_LENGTH).peak
         registry, _ = table.subn(rf"\g<1>{round(peak / 1e9, 1)}", registry, count=1)
         row = re.compile(rf"^\| {re.escape(entry.alias)} \|.*\|$", re.MULTILINE)
-        if row.search(readme):
-            readme = row.sub(readme_row(entry.alias), readme)
+        for page, macs in PAGES.items():
+            if row.search(pages[page]):
+                pages[page] = row.sub(table_row(entry.alias, macs), pages[page])
     REGISTRY.write_text(registry)
-    README.write_text(readme)
+    for page, text in pages.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":
