@@ -26,8 +26,8 @@ def sigmoid(x: mx.array) -> mx.array:
 
 def attend(
     queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float
-) -> mx.array:
-    """Attention ``[batch, heads, length, value_dim]``.
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Attention ``[batch, heads, length, value_dim]``, and what ``attend_backward`` needs of it.
 
     Args:
         queries: ``[batch, heads, length, head_dim]``.
@@ -35,9 +35,18 @@ def attend(
         values: ``[batch, key_heads, key_length, value_dim]``.
         mask: Boolean or to be added, broadcast to ``[batch, heads, length, key_length]``.
         scale: Of the products of queries and keys.
+
+    Returns:
+        The result; the largest score of every query and the sum of its powers relative to that,
+        each ``[batch, key_heads, heads / key_heads * length, 1]``.
     """
-    probabilities = _probabilities(_by_key_head(scale * queries, keys), keys, mask, queries.shape)
-    return (probabilities @ values).reshape(*queries.shape[:3], values.shape[-1])
+    scores = _scores(_by_key_head(scale * queries, keys), keys, mask, queries.shape)
+    largest = scores.max(axis=-1, keepdims=True)
+    powers = mx.power(math.e, scores - largest)
+    totals = powers.sum(axis=-1, keepdims=True)
+    # Divided here there are head_dim values of a query to divide, and not one for every key.
+    result = (powers @ values) / totals
+    return result.reshape(*queries.shape[:3], values.shape[-1]), largest, totals
 
 
 def attend_backward(
@@ -45,16 +54,22 @@ def attend_backward(
     keys: mx.array,
     values: mx.array,
     mask: mx.array | None,
-    scale: float,
     cotangent: mx.array,
+    found: tuple[mx.array, mx.array, mx.array],
+    scale: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients of ``attend`` for queries, keys and values, given that of its result."""
-    rows, d = _by_key_head(scale * queries, keys), _by_key_head(cotangent, keys)
-    probabilities = _probabilities(rows, keys, mask, queries.shape)
-    d_values = probabilities.swapaxes(-1, -2) @ d
-    d_probabilities = d @ values.swapaxes(-1, -2)
-    own = (probabilities * d_probabilities).sum(axis=-1, keepdims=True)
-    d_scores = probabilities * (d_probabilities - own)
+    """Gradients of ``attend`` for queries, keys and values, given that of its result.
+
+    ``found`` is what ``attend`` returned. With U the powers and t their sums, P = U / t, so
+    dS = P (dP - sum_k P dP) = U (d V^T - sum d y) for d = dy / t: nothing is divided that has a
+    value for every key, and y gives the sum (FlashAttention, arXiv 2205.14135, appendix B.2).
+    """
+    result, largest, totals = found
+    rows, d = _by_key_head(scale * queries, keys), _by_key_head(cotangent, keys) / totals
+    powers = mx.power(math.e, _scores(rows, keys, mask, queries.shape) - largest)
+    own = (d * _by_key_head(result, keys)).sum(axis=-1, keepdims=True)
+    d_values = powers.swapaxes(-1, -2) @ d
+    d_scores = powers * (d @ values.swapaxes(-1, -2) - own)
     d_queries = (scale * (d_scores @ keys)).reshape(queries.shape)
     return d_queries, d_scores.swapaxes(-1, -2) @ rows, d_values
 
@@ -79,16 +94,15 @@ def _by_key_head(x: mx.array, keys: mx.array) -> mx.array:
     return x.reshape(x.shape[0], keys.shape[1], -1, x.shape[-1])
 
 
-def _probabilities(
+def _scores(
     rows: mx.array, keys: mx.array, mask: mx.array | None, shape: tuple[int, ...]
 ) -> mx.array:
     """``[batch, key_heads, rows, key_length]`` for scaled queries that were of ``shape``."""
     scores = rows @ keys.swapaxes(-1, -2)
-    if mask is not None:
-        grouped = scores.reshape(shape[0], keys.shape[1], -1, shape[2], scores.shape[-1])
-        scores = (grouped + _added(mask, grouped.shape)).reshape(scores.shape)
-    powers = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    if mask is None:
+        return scores
+    grouped = scores.reshape(shape[0], keys.shape[1], -1, shape[2], scores.shape[-1])
+    return (grouped + _added(mask, grouped.shape)).reshape(scores.shape)
 
 
 def _added(mask: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -119,43 +119,73 @@ def lean_attention(
         return _attention(queries, keys, values, mask=mask, **options)
 
     recipes = [recipe_of(x) for x in (queries, keys, values)]
-    for_cpu = dear_exponentials.serves(queries, options)
+    attend, attend_backward = _attention_with(queries, options)
 
     @mx.custom_function
-    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
         # Where gradients are traced, MLX computes all probabilities at once in the forward too.
         results: list[mx.array] = []
+        notes: list[mx.array] = []
         for rows, seen, part in _chunks(mask, queries.shape[2], keys.shape[2]):
             # One chunk at a time: its probabilities go before the next one's come.
             (q,) = mx.depends([queries[:, :, rows]], results[-1:])
-            k, v = keys[:, :, :seen], values[:, :, :seen]
-            if for_cpu:
-                results.append(dear_exponentials.attend(q, k, v, part, options["scale"]))
-            else:
-                results.append(_attention(q, k, v, mask=part, **options))
-        return mx.concatenate(results, axis=2)
+            result, *own_notes = attend(q, keys[:, :, :seen], values[:, :, :seen], part)
+            results.append(result)
+            notes += own_notes
+        return mx.concatenate(results, axis=2), *notes
 
     @forward.vjp
     def backward(
-        primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+        primals: tuple[mx.array, ...],
+        cotangents: tuple[mx.array, ...],
+        outputs: tuple[mx.array, ...],
     ) -> tuple[mx.array, ...]:
+        cotangent, (whole, *notes) = cotangents[0], outputs
         queries, keys, values = (recipe(cotangent) for recipe in recipes)
         d_queries: list[mx.array] = []
         d_keys, d_values = keys[:, :, :0], values[:, :, :0]
-        for rows, seen, part in _chunks(mask, queries.shape[2], keys.shape[2]):
+        chunks = list(_chunks(mask, queries.shape[2], keys.shape[2]))
+        for number, (rows, seen, part) in enumerate(chunks):
             # As in the forward.
             q = mx.depends([queries[:, :, rows]], [d_keys, d_values] if d_queries else [])[0]
             k, v, d = keys[:, :, :seen], values[:, :, :seen], cotangent[:, :, rows]
-            if for_cpu:
-                found = list(dear_exponentials.attend_backward(q, k, v, part, options["scale"], d))
-            else:
-                attention = partial(_attention, mask=part, **options)
-                found = mx.vjp(attention, [q, k, v], [d])[1]
-            d_queries.append(found[0])
-            d_keys, d_values = _sum(d_keys, found[1]), _sum(d_values, found[2])
+            found = whole[:, :, rows], *_share(notes, number, len(chunks))
+            gradients = attend_backward(q, k, v, part, d, found)
+            d_queries.append(gradients[0])
+            d_keys, d_values = _sum(d_keys, gradients[1]), _sum(d_values, gradients[2])
         return mx.concatenate(d_queries, axis=2), d_keys, d_values
 
-    return cast(mx.array, forward(queries, keys, values))
+    return cast(tuple[mx.array, ...], forward(queries, keys, values))[0]
+
+
+def _attention_with(
+    queries: mx.array, options: dict[str, Any]
+) -> tuple[Callable[..., tuple[mx.array, ...]], Callable[..., Any]]:
+    """Attention of a chunk, and its backward, which takes what the first returned as well."""
+    if dear_exponentials.serves(queries, options):
+        scale = options["scale"]
+        return (
+            partial(dear_exponentials.attend, scale=scale),
+            partial(dear_exponentials.attend_backward, scale=scale),
+        )
+
+    def attend(
+        queries: mx.array, keys: mx.array, values: mx.array, mask: Any
+    ) -> tuple[mx.array, ...]:
+        return (_attention(queries, keys, values, mask=mask, **options),)
+
+    def backward(
+        queries: mx.array, keys: mx.array, values: mx.array, mask: Any, d: mx.array, found: Any
+    ) -> list[mx.array]:
+        return mx.vjp(partial(_attention, mask=mask, **options), [queries, keys, values], [d])[1]
+
+    return attend, backward
+
+
+def _share(items: list[mx.array], number: int, of: int) -> list[mx.array]:
+    """The items of one of the parts that ``items`` was put together from."""
+    size = len(items) // of
+    return items[number * size : (number + 1) * size]
 
 
 def _sum(total: mx.array, part: mx.array) -> mx.array:
