@@ -13,6 +13,7 @@ from dora_mlx.kernels import recomputation
 from dora_mlx.kernels.frozen_product import use_blocked_products
 from dora_mlx.kernels.recomputation import product, recomputed, remembered
 from dora_mlx.layers import DoRALinear, hoisted_norms
+from dora_mlx.training import dear_exponentials
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.graph import trace
 from dora_mlx.training.graph_memory import peak_of
@@ -291,3 +292,20 @@ def test_everything_is_put_back():
     assert (mx.fast.scaled_dot_product_attention, nn.silu, llama.swiglu) == before
     assert activations.swiglu is llama.swiglu
     assert (mx.fast.rms_norm, mx.fast.layer_norm, mx.fast.rope) == norms
+
+
+def test_models_on_the_cpu_get_the_attention_that_is_cheap_there(monkeypatch):
+    # They name every option of the original, also those that they leave as they are.
+    served = []
+
+    def attend(*arguments, **options):
+        served.append(options)
+        return original(*arguments, **options)
+
+    original = dear_exponentials.attend
+    monkeypatch.setattr(dear_exponentials, "attend", attend)
+    monkeypatch.setattr(dear_exponentials, "on_cpu", lambda: True)
+    model, tokens = tiny("llama"), mx.arange(2 * 21).reshape(2, 21)
+    with lean_backward():
+        gradients(model, tokens)
+    assert len(served) == len(model.layers)

@@ -104,7 +104,13 @@ def _swiglu_backward(
 
 
 def lean_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, *, mask: Any = None, **options: Any
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    mask: Any = None,
+    sinks: mx.array | None = None,
+    **options: Any,
 ) -> mx.array:
     """``mx.fast.scaled_dot_product_attention`` that keeps its inputs and recomputes the rest.
 
@@ -113,10 +119,11 @@ def lean_attention(
         keys: ``[batch, key_heads, key_length, head_dim]``.
         values: ``[batch, key_heads, key_length, value_dim]``.
         mask: ``None``, ``"causal"``, or an array ``[..., length or 1, key_length]``.
-        **options: As for the original; with ``sinks`` the original runs as it is.
+        sinks: As for the original, which then runs as it is.
+        **options: As for the original.
     """
-    if options.get("sinks") is not None:
-        return _attention(queries, keys, values, mask=mask, **options)
+    if sinks is not None:
+        return _attention(queries, keys, values, mask=mask, sinks=sinks, **options)
 
     recipes = [recipe_of(x) for x in (queries, keys, values)]
     attend, attend_backward = _attention_with(queries, options)
