@@ -1,5 +1,6 @@
-"""The choice of a trained run, the same on every tab that needs one."""
+"""The choice of a trained run and its state, the same on every tab that needs one."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import gradio as gr
@@ -10,10 +11,25 @@ from app.views import html
 from app.views.numbers import count
 from dora_mlx import list_runs
 
+# The state that is no step.
+BEST = "best"
+
 
 def run_dropdown(elem_id: str, **settings: Any) -> gr.Dropdown:
     """The control; ``keep_runs`` fills it."""
     return gr.Dropdown([], label="Run", elem_id=elem_id, **settings)
+
+
+def state_dropdown(elem_id: str) -> gr.Dropdown:
+    """Which of a run's adapters: its choices follow by ``states_of``."""
+    return gr.Dropdown(
+        states_of(()), value=BEST, label="State", elem_id=elem_id, scale=2, min_width=160
+    )
+
+
+def states_of(steps: Iterable[int]) -> list[tuple[str, str]]:
+    """Label and value of the best adapter and of a checkpoint after each of the steps."""
+    return [("Best adapter", BEST), *((f"Step {step}", str(step)) for step in steps)]
 
 
 def no_run(elem_id: str, what_for: str) -> gr.HTML:

@@ -8,7 +8,7 @@ import gradio as gr
 from app import work
 from app.connect import connect
 from app.context import Context, Page
-from app.run_picker import keep_runs, no_run, run_dropdown
+from app.run_picker import BEST, keep_runs, no_run, run_dropdown, state_dropdown, states_of
 from app.views import changes as view
 from app.views import html
 from dora_mlx import UserError, find_run
@@ -18,7 +18,6 @@ _UNMEASURED = html.empty(
     "You will see how far each weight was stretched (magnitude) and turned (direction). Measuring "
     "reads every trained weight once: seconds for a small model.",
 )
-_BEST = "best"
 
 
 def build(context: Context, page: Page) -> None:
@@ -30,14 +29,7 @@ def build(context: Context, page: Page) -> None:
         gr.HTML(html.heading("What changed", "magnitude and direction of every trained weight"))
         with gr.Row(elem_classes="columns ask"):
             run = run_dropdown("changes-run", scale=4, min_width=220)
-            state = gr.Dropdown(
-                [("Best adapter", _BEST)],
-                value=_BEST,
-                label="State",
-                elem_id="changes-state",
-                scale=2,
-                min_width=160,
-            )
+            state = state_dropdown("changes-state")
             measure = gr.Button(
                 "Measure", variant="primary", scale=1, min_width=110, elem_id="changes-measure"
             )
@@ -54,14 +46,13 @@ def _wire(
         if not name:
             return gr.skip(), gr.skip()
         steps, _ = context.data.call(work.talk_about, find_run(name, context.runs_dir))
-        states = [("Best adapter", _BEST), *[(f"Step {step}", str(step)) for step in steps]]
-        return gr.update(choices=states, value=_BEST), _UNMEASURED
+        return gr.update(choices=states_of(steps), value=BEST), _UNMEASURED
 
     def look(name: str | None, chosen: str) -> Iterator[str]:
         if not name:
             raise UserError("Choose a run first.")
         folder = find_run(name, context.runs_dir)
-        checkpoint = None if chosen == _BEST else _step(chosen)
+        checkpoint = None if chosen == BEST else _step(chosen)
         yield html.progress(0.0, "Measuring")
         try:
             for kind, value in context.inspection.stream(work.inspect, folder, checkpoint):

@@ -8,7 +8,7 @@ import gradio as gr
 from app import work
 from app.connect import connect
 from app.context import Context, Page
-from app.run_picker import keep_runs, no_run, run_dropdown
+from app.run_picker import BEST, keep_runs, no_run, run_dropdown, state_dropdown, states_of
 from app.sampling import sampling_controls, sampling_from
 from app.views import chat as view
 from app.views import html
@@ -17,7 +17,6 @@ from dora_mlx import UserError, find_run
 Turn = dict[str, str]
 Talk = dict[str, list[Turn]]
 
-_BEST = "best"
 _FIRST = "Ask something; both models answer."
 _FIRST_BASE = "The base model answers here, without the adapter."
 
@@ -37,14 +36,7 @@ def build(context: Context, page: Page) -> None:
 def _body() -> dict[str, Any]:
     with gr.Row(elem_classes="columns", equal_height=False):
         run = run_dropdown("chat-run", scale=3, min_width=220)
-        state = gr.Dropdown(
-            [("Best adapter", _BEST)],
-            value=_BEST,
-            label="State",
-            elem_id="chat-state",
-            scale=2,
-            min_width=160,
-        )
+        state = state_dropdown("chat-state")
         with_base = gr.Checkbox(
             True, label="Base model beside it", elem_id="chat-base-too", scale=1, min_width=160
         )
@@ -123,11 +115,10 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
             return [gr.skip()] * 6
         folder = find_run(name, context.runs_dir)
         steps, questions = context.data.call(work.talk_about, folder)
-        states = [("Best adapter", _BEST), *[(f"Step {step}", str(step)) for step in steps]]
         samples = [[view.question_label(q.messages[-1]["content"])] for q in questions]
         model = folder.read_config()["options"]["model"].rsplit("/", 1)[-1]
         return [
-            gr.update(choices=states, value=_BEST), questions,
+            gr.update(choices=states_of(steps), value=BEST), questions,
             gr.Dataset(samples=samples, visible=bool(samples)), "",
             view.who("Adapted", name), view.who("Base", model),
         ]  # fmt: skip
@@ -216,7 +207,7 @@ class _Answers:
         if not run:
             raise UserError("Choose a run to talk to first.")
         folder = find_run(run, self._context.runs_dir)
-        checkpoint = None if state == _BEST else state
+        checkpoint = None if state == BEST else state
         questions = {"adapted": adapted, "base": base if with_base else []}
         opening = [{"role": "system", "content": system}] if (system or "").strip() else []
         asked = {who: [*opening, *turns] for who, turns in questions.items() if turns}
