@@ -243,7 +243,8 @@ def test_a_backward_goes_on_when_it_has_the_gradients_of_an_adapter():
 
     graph = trace(step, [mx.zeros((5, 16)), *arrays])
     first, *others = graph.outputs
-    assert len(others) == 3
+    # That of A comes with that of x A, in another function.
+    others = [name for name, key in zip(others, names, strict=True) if key != "lora_a"]
     earlier = before(graph, first)
     for other in others:
         work = [node for node in before(graph, other) if node.kind in ("Matmul", "Reduce")]

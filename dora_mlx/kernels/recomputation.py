@@ -70,15 +70,6 @@ def later(arrays: list[mx.array], *cotangents: mx.array) -> list[mx.array]:
     return cast(list[mx.array], mx.depends(arrays, list(cotangents)))
 
 
-def together(*gradients: mx.array) -> tuple[mx.array, ...]:
-    """The same arrays, none of them available before all are.
-
-    A backward goes on with the gradient of an input, and may come to those of parameters at its
-    end: until then what they need is kept.
-    """
-    return tuple(mx.depends(list(gradients), list(gradients)))
-
-
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, whose backward computes it again from its arguments alone.
 
@@ -145,7 +136,6 @@ def product(x: mx.array, a: mx.array) -> mx.array:
         primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
     ) -> tuple[mx.array, mx.array]:
         rows = recipe(cotangent).reshape(-1, width)
-        d_x, d_a = together(cotangent @ primals[1].T, rows.T @ cotangent.reshape(len(rows), -1))
-        return d_x, d_a
+        return cotangent @ primals[1].T, rows.T @ cotangent.reshape(len(rows), -1)
 
     return cast(mx.array, forward(x, a))

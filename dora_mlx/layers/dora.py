@@ -17,7 +17,6 @@ import mlx.nn as nn
 
 from dora_mlx.kernels.frozen_product import on_cpu
 from dora_mlx.kernels.gain_backward import expert_gain_backward, gain_backward
-from dora_mlx.kernels.recomputation import together
 from dora_mlx.kernels.row_norm import (
     AdaptedNorm,
     RowNorm,
@@ -73,7 +72,10 @@ def dora_product(
                 cotangent, scaled, magnitude, norm, experts
             )
         _, d_inputs = mx.vjp(terms, own_inputs, [d_direction, d_direction])
-        return together(d_magnitude, *d_inputs)
+        # All together: a backward goes on with the gradients of inputs, and what those of
+        # parameters need would be kept until it comes to them.
+        gradients = [d_magnitude, *d_inputs]
+        return tuple(mx.depends(gradients, gradients))
 
     return cast(mx.array, product(magnitude, *inputs))
 
