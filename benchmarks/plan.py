@@ -1,15 +1,17 @@
 """Memory of a training step: predicted from the graph, and measured.
 
-    python -m benchmarks.plan [--json FILE]
+    python -m benchmarks.plan [--json FILE] [--only WORDS] [--lean]
 
 Every row is a synthetic model of another family, a window and a way to train it. A row runs in
-one process after the other; the measured number is MLX's peak during two optimizer steps.
+one process after the other; the measured number is MLX's peak during two optimizer steps. With
+--lean it is measured once as a run is and once with everything kept for the backward.
 """
 
 import argparse
 import gc
 import json
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,12 @@ from dora_mlx.config import TrainConfig
 from dora_mlx.data.batches import BatchStream
 from dora_mlx.data.examples import Example
 from dora_mlx.skeleton import ModelFacts, build_skeleton
+from dora_mlx.training import loop
 from dora_mlx.training.device_limits import memory_held_to
 from dora_mlx.training.events import EventLog
 from dora_mlx.training.loop import Trainer
 from dora_mlx.training.memory_plan import BatchShape, predict
+from dora_mlx.training.substitutes import standing_in
 from dora_mlx.training.workers import Workers
 
 SIZES: dict[str, Any] = {
@@ -151,12 +155,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="Rows whose title contains this.")
     parser.add_argument("--json", type=Path, help="Write the numbers to this file.")
+    parser.add_argument(
+        "--lean", action="store_true", help="What the lean backward spares in every family."
+    )
     arguments = parser.parse_args()
     about = environment()
     print("\n".join(f"- {name}: {value}" for name, value in about.items()), flush=True)
+    results = lean(arguments.only) if arguments.lean else plans(arguments.only)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"environment": about, "results": results}, indent=2))
+
+
+def lean(only: str) -> dict[str, Any]:
+    """Peaks in bytes of every family with the lean backward and without, printed as they come."""
+    print("\n| family | everything kept MB | lean MB | ratio |\n|---|---|---|---|")
+    results = {}
+    for family in (name for name in FAMILIES if only in name):
+        row = Row(family, 2, 512, {"grad_checkpoint": False})
+        parts = predicted(row)
+        spared = measured(row, parts)
+        with standing_in(loop, {"lean_backward": nullcontext}):
+            kept = measured(row, parts)
+        results[family] = {"kept": kept, "lean": spared}
+        ratio = spared / kept
+        print(f"| {family} | {kept / 1e6:.1f} | {spared / 1e6:.1f} | {ratio:.2f} |", flush=True)
+    return results
+
+
+def plans(only: str) -> dict[str, Any]:
+    """Peaks in bytes of every row by the plan and measured, printed as they come."""
     print("\n| step | predicted MB | measured MB | ratio |\n|---|---|---|---|")
     results = {}
-    for row in (row for row in ROWS if arguments.only in row.title):
+    for row in (row for row in ROWS if only in row.title):
         parts = predicted(row)
         peak, found = sum(parts.values()), measured(row, parts)
         results[row.title] = {"predicted": peak, "measured": found, "parts": parts}
@@ -164,8 +194,7 @@ def main() -> None:
             f"| {row.title} | {peak / 1e6:.1f} | {found / 1e6:.1f} | {peak / found:.2f} |",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": about, "results": results}, indent=2))
+    return results
 
 
 if __name__ == "__main__":
