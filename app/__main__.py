@@ -7,11 +7,11 @@ import socket
 import sys
 import tempfile
 import webbrowser
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from app.guard import Login, is_loopback
-from dora_mlx import UserError
+from dora_mlx import UserError, run_command
 
 DEFAULT_PORT = 7860
 _PORTS_TRIED = 20
@@ -34,13 +34,12 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and serve until Ctrl-C; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def body() -> int:
         login = _login(arguments.auth, arguments.host)
-        listener = _listen(arguments.host, arguments.port)
-        return _serve(arguments, login, listener)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _serve(arguments, login, _listen(arguments.host, arguments.port))
+
+    return run_command(body)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,31 +130,27 @@ def _listen(host: str, port: int | None) -> socket.socket:
 
 
 def _serve(arguments: argparse.Namespace, login: Login | None, listener: socket.socket) -> int:
-    import uvicorn
-
-    from app.server import build_server
+    from app.server import build_server, serve
 
     host, port = arguments.host, listener.getsockname()[1]
     shown = f"[{host}]" if ":" in host else "localhost" if is_loopback(host) else host
     url = f"http://{shown}:{port}"
     print("Starting ...", flush=True)
-    with tempfile.TemporaryDirectory(prefix="dora_mlx-") as temporary:
-        server = build_server(
+    with ExitStack() as ending:
+        temporary = ending.enter_context(tempfile.TemporaryDirectory(prefix="dora_mlx-"))
+        server, context = build_server(
             arguments.runs_dir.expanduser().absolute(),
             arguments.exports_dir.expanduser().absolute(),
             Path(temporary),
             host,
             login,
         )
+        ending.callback(context.close)
         print(f"dora_mlx is at {url}  (Ctrl-C ends it; a training goes on)", flush=True)
         if not arguments.no_browser and _has_display():
             webbrowser.open(url)
-        options = uvicorn.Config(
-            server, log_level="warning", timeout_graceful_shutdown=1, server_header=False
-        )
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(options).run(sockets=[listener])
-    return 0
+        serve(server, listener, ending.close)
+    return 1
 
 
 def _has_display() -> bool:

@@ -16,8 +16,6 @@ import gradio as gr
 from app.views import html
 from dora_mlx import UserError
 
-_PICKERS = (gr.Dropdown, gr.Radio, gr.State)
-
 
 def connect(
     triggers: Any,
@@ -60,7 +58,7 @@ def connect(
         @functools.wraps(handler)
         def wrapped(*arguments: Any) -> Iterator[Any]:
             try:
-                for produced in handler(*arguments):
+                for produced in handler(*_read(inputs, arguments)):
                     yield settle(produced)
             except UserError as error:
                 yield fail(error)
@@ -69,7 +67,7 @@ def connect(
         @functools.wraps(handler)
         def wrapped(*arguments: Any) -> Any:
             try:
-                return settle(handler(*arguments))
+                return settle(handler(*_read(inputs, arguments)))
             except UserError as error:
                 return fail(error)
 
@@ -79,9 +77,9 @@ def connect(
         inputs,
         outputs if notice is None else [*outputs, notice],
         api_visibility="private",
-        # Gradio refuses a choice, with a traceback, that it has just taken from a list which the
-        # page still shows. Handlers know what to say of a run that is gone.
-        preprocess=not all(isinstance(item, _PICKERS) for item in inputs),
+        # What Gradio itself cannot read it answers with an error of the server. Files are its
+        # own, because it knows which ones were uploaded.
+        preprocess=any(isinstance(item, gr.File) for item in inputs),
         **{"show_progress": "hidden", **options},
     )
 
@@ -99,6 +97,29 @@ def follow(
     What triggers one while it runs makes it run once more.
     """
     return connect(triggers, handler, inputs, outputs, queue=queue, trigger_mode="always_last")
+
+
+def _read(inputs: Sequence[Any], sent: Sequence[Any]) -> Iterator[Any]:
+    """What a browser sent for each of ``inputs``, in the types that their components have.
+
+    What Gradio adds to it, such as the place of a click, stays as it is.
+
+    Raises:
+        UserError: If a component cannot have a value.
+    """
+    components = iter(inputs)
+    for value in sent:
+        component = None if isinstance(value, gr.EventData) else next(components)
+        if component is None or value is None or isinstance(component, gr.File):
+            yield value
+        elif isinstance(component, gr.Dropdown):
+            # Its list may have changed since the page got it: handlers look the choice up.
+            yield str(value)
+        else:
+            try:
+                yield component.preprocess(value)
+            except gr.Error as error:
+                raise UserError(str(error.message)) from error
 
 
 def _cleaned(value: Any) -> Any:

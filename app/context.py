@@ -47,6 +47,11 @@ class Context:
         """The export that is under way, or was last."""
         return Exports(self.exports_dir, self.export)
 
+    def close(self) -> None:
+        """End all workers for good."""
+        for worker in (self.data, self.chat, self.export, self.inspection):
+            worker.close()
+
     def now(self) -> tuple[str, str]:
         """What a page shows, as two fingerprints: (what there is, how far it is).
 

@@ -89,6 +89,8 @@ def meant(name: str, value: Any) -> Any:
     if get_origin(plain) is tuple:
         return tuple((value or "").split())
     if plain is bool and hint is not bool:
+        if value not in _SWITCH:
+            raise UserError(f"{label_of(name)} has to be {', '.join(_SWITCH)}, not {value!r}.")
         return _SWITCH[value]
     if value is None or value == "":
         if type(None) in get_args(hint):

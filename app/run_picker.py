@@ -1,6 +1,6 @@
-"""The choice of a trained run and its state, the same on every tab that needs one."""
+"""The choice of a trained run and of its states, the same on every tab that needs one."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -9,10 +9,9 @@ from app.connect import follow
 from app.context import Context, Page
 from app.views import html
 from app.views.numbers import count
-from dora_mlx import list_runs
+from dora_mlx import UserError, list_runs
 
-# The state that is no step.
-BEST = "best"
+_BEST = "best"
 
 
 def run_dropdown(elem_id: str, **settings: Any) -> gr.Dropdown:
@@ -21,15 +20,30 @@ def run_dropdown(elem_id: str, **settings: Any) -> gr.Dropdown:
 
 
 def state_dropdown(elem_id: str) -> gr.Dropdown:
-    """Which of a run's adapters: its choices follow by ``states_of``."""
+    """The control of which of a run's adapters it is; ``states_of`` fills it."""
     return gr.Dropdown(
-        states_of(()), value=BEST, label="State", elem_id=elem_id, scale=2, min_width=160
-    )
+        [("Best adapter", _BEST)], value=_BEST, label="State", elem_id=elem_id, scale=2,
+        min_width=160,
+    )  # fmt: skip
 
 
-def states_of(steps: Iterable[int]) -> list[tuple[str, str]]:
-    """Label and value of the best adapter and of a checkpoint after each of the steps."""
-    return [("Best adapter", BEST), *((f"Step {step}", str(step)) for step in steps)]
+def states_of(steps: Sequence[int]) -> Any:
+    """An update of ``state_dropdown``: the best adapter, or one of the checkpoints."""
+    kept = [(f"Step {step}", str(step)) for step in steps]
+    return gr.update(choices=[("Best adapter", _BEST), *kept], value=_BEST)
+
+
+def step_of(state: str | None) -> int | None:
+    """The step of a chosen state, ``None`` for the best adapter.
+
+    Raises:
+        UserError: If a browser says what is no state.
+    """
+    if state == _BEST:
+        return None
+    if not (state or "").isdecimal():
+        raise UserError(f"A run has no state {state!r}; choose one from the list.")
+    return int(state or 0)
 
 
 def no_run(elem_id: str, what_for: str) -> gr.HTML:

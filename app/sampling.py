@@ -38,15 +38,21 @@ def sampling_from(values: Mapping[str, Any]) -> Sampling:
         raise UserError(f"The seed has to be a whole number but is {seed!r}.")
     given["seed"] = int(seed) if seed else None
     given["stop"] = tuple(line for line in (given["stop"] or "").splitlines() if line)
+    if missing := [_label(name) for name in _SLIDERS if given[name] is None]:
+        raise UserError(f"{', '.join(missing)} must have a number.")
     for name in ("max_tokens", "top_k"):
         given[name] = int(given[name])
     return Sampling(**given)
 
 
+def _label(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
 def _control(name: str) -> Any:
     option = _FIELDS[name]
     common = {
-        "label": name.replace("_", " ").capitalize(),
+        "label": _label(name),
         "info": option.metadata["help"],
         "elem_id": f"chat-{name.replace('_', '-')}",
         "min_width": 240,

@@ -2,16 +2,22 @@
 
 import logging
 import os
+import socket
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.guard import UPLOAD_LIMIT, Guard, Login, is_loopback
+
+if TYPE_CHECKING:
+    from app.context import Context
 
 
 def build_server(
     runs_dir: Path, exports_dir: Path, temporary: Path, host: str, login: Login | None
-) -> Any:
-    """The ASGI application.
+) -> "tuple[Any, Context]":
+    """The ASGI application, and what has to be closed at its end.
 
     Args:
         runs_dir: Where runs are and go.
@@ -55,16 +61,43 @@ def build_server(
     # that a browser sends as a file is taken for an upload.
     page.has_launched = True
     logging.getLogger("uvicorn.error").addFilter(_is_news)
-    return Guard(server, host, login)
+    return Guard(server, host, login), context
+
+
+def serve(server: Any, listener: socket.socket, close: Callable[[], object]) -> None:
+    """Serve until Ctrl-C or SIGTERM, which end this process; returns if it could not begin.
+
+    Args:
+        server: The ASGI application.
+        listener: A listening socket.
+        close: Called at the end.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # A page keeps a connection open as long as it is shown, and a thread that answers one
+            # cannot be interrupted: nothing would end in time that is waited for.
+            close()
+            print("Stopped.", flush=True)
+            os._exit(0)
+
+    Server(uvicorn.Config(server, log_level="warning", server_header=False)).run([listener])
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a line of the log says more than that a page was reloaded in the middle of an event.
 
-    Gradio refuses such a page's connection after it has begun to answer it.
+    Gradio refuses such a page's connection after it has begun to answer it, or forgets the page
+    twice when both of its connections end.
     """
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, RuntimeError) and "response already started" in str(error))
+    if isinstance(error, RuntimeError):
+        return "response already started" not in str(error)
+    if isinstance(error, KeyError):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        return frame.f_code.co_name != "sse_stream"
+    return True
 
 
 def _tame_gradio(temporary: Path) -> None:

@@ -5,9 +5,11 @@ calls. It imports MLX; the server never does. It ends with the server, however t
 """
 
 import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,6 +17,7 @@ from dora_mlx import UserError
 
 # A child made by fork would share MLX's threads and locks with the server.
 _PROCESSES = multiprocessing.get_context("spawn")
+_SECONDS_TO_TIDY_UP = 2
 
 
 class Worker:
@@ -29,6 +32,7 @@ class Worker:
         self._turn = threading.Lock()
         self._process: Any = None
         self._pipe: Connection | None = None
+        self._closed = False
 
     @property
     def busy(self) -> bool:
@@ -76,9 +80,18 @@ class Worker:
         process, self._process, self._pipe = self._process, None, None
         if process is not None:
             process.terminate()
+            process.join(_SECONDS_TO_TIDY_UP)
+            process.kill()
             process.join()
 
+    def close(self) -> None:
+        """End the process; whoever calls again is told so."""
+        self._closed = True
+        self.stop()
+
     def _send(self, kind: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if self._closed:
+            raise UserError("The app is ending.")
         if self._process is None or not self._process.is_alive():
             self._pipe, inner = _PROCESSES.Pipe()
             self._process = _PROCESSES.Process(
@@ -102,7 +115,7 @@ class Worker:
         process = self._process
         if process is not None:
             process.join()
-        killed = process is None or process.exitcode < 0
+        killed = process is None or process.exitcode is None or process.exitcode < 0
         self.stop()
         if killed:
             return UserError(
@@ -133,14 +146,16 @@ def _serve(pipe: Connection) -> None:
     """The worker's own loop: a request, its answers, the next request, until the server is gone."""
     import signal
 
-    # Ctrl-C in the terminal ends the server, and the closed pipe then ends the worker.
+    # Ctrl-C in the terminal ends the server, which then ends the worker in the other way: as an
+    # exception, so that an export takes away what it has not finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with suppress(EOFError, OSError, SystemExit):
+        while True:
             kind, function, arguments = pipe.recv()
             pipe.send(_run(pipe, kind, function, arguments))
-        except (EOFError, OSError):
-            return
+    # The interpreter's own end takes seconds with all that was imported.
+    os._exit(0)
 
 
 def _run(

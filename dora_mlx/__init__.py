@@ -52,6 +52,7 @@ _EXPORTS = {
     "read_events": "dora_mlx.training.events",
     "read_export_report": "dora_mlx.exporting.report",
     "rename_run": "dora_mlx.training.history",
+    "run_command": "dora_mlx.command_line",
     "summarize_run": "dora_mlx.training.history",
     "train_command": "dora_mlx.command_line",
 }

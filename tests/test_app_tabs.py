@@ -58,18 +58,20 @@ def run(runs_dir):
 
 def test_choice_that_has_just_gone_from_its_list_gets_a_note(runs_dir):
     with gr.Blocks() as blocks:
-        run, at, note = gr.Dropdown(["small"]), gr.State(3), gr.HTML()
-        shown = gr.HTML()
-        connect(run.change, lambda name, at: f"{find_run(name, runs_dir).name} {at}", [run, at],
-                [shown], notice=note)  # fmt: skip
+        run, at, share = gr.Dropdown(["small"]), gr.State(3), gr.Slider(0, 1)
+        shown, note = gr.HTML(), gr.HTML()
+        connect(run.change, lambda *given: f"{find_run(given[0], runs_dir).name} {given[1:]}",
+                [run, at, share], [shown], notice=note)  # fmt: skip
 
-    def shown_for(name):
-        return asyncio.run(blocks.process_api(0, [name, None], SessionState(blocks)))["data"]
+    def shown_for(name, share):
+        sent = [name, None, share]
+        return asyncio.run(blocks.process_api(0, sent, SessionState(blocks)))["data"]
 
-    assert shown_for("small") == ["small 3", ""]
-    unchanged, problem = shown_for("renamed")
-    assert "value" not in unchanged
-    assert "There is no run" in problem
+    assert shown_for("small", 0.5) == ["small (3, 0.5)", ""]
+    for problem, sent in {"There is no run": ("renamed", 0), "greater than": ("small", 2)}.items():
+        unchanged, said = shown_for(*sent)
+        assert "value" not in unchanged
+        assert problem in said
 
 
 def test_server_never_loads_mlx(run, tmp_path):
@@ -132,6 +134,14 @@ def test_checks_name_lines_and_say_what_happens_to_them():
     assert 'class="bad"' in strict
     assert "are left out" in lenient
     assert 'class="bad"' not in lenient
+
+
+def test_what_is_wrong_with_every_line_is_said_once(tmp_path):
+    file = tmp_path / "odd.csv"
+    file.write_text("frage,antwort\nWer?,Ich\nWo?,Hier\nWas?,Das\n")
+    shown = data.checks(DataLook(TrainConfig(data=str(file))).overview, False)
+    assert "lines 2 to 4: neither" in shown
+    assert "“Columns” prompt=frage" in shown
 
 
 def test_examples_show_all_text_escaped_and_coloured():

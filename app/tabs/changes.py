@@ -8,7 +8,7 @@ import gradio as gr
 from app import work
 from app.connect import connect
 from app.context import Context, Page
-from app.run_picker import BEST, keep_runs, no_run, run_dropdown, state_dropdown, states_of
+from app.run_picker import keep_runs, no_run, run_dropdown, state_dropdown, states_of, step_of
 from app.views import changes as view
 from app.views import html
 from dora_mlx import UserError, find_run
@@ -46,13 +46,13 @@ def _wire(
         if not name:
             return gr.skip(), gr.skip()
         steps, _ = context.data.call(work.talk_about, find_run(name, context.runs_dir))
-        return gr.update(choices=states_of(steps), value=BEST), _UNMEASURED
+        return states_of(steps), _UNMEASURED
 
     def look(name: str | None, chosen: str) -> Iterator[str]:
         if not name:
             raise UserError("Choose a run first.")
         folder = find_run(name, context.runs_dir)
-        checkpoint = None if chosen == BEST else _step(chosen)
+        checkpoint = step_of(chosen)
         yield html.progress(0.0, "Measuring")
         try:
             for kind, value in context.inspection.stream(work.inspect, folder, checkpoint):
@@ -70,9 +70,3 @@ def _wire(
     keep_runs(context, page, run, nothing, body)
     connect(run.change, choose, [run], [state, result], notice=problem)
     connect(measure.click, look, [run, state], [result], notice=problem, concurrency_limit=1)
-
-
-def _step(chosen: str) -> int:
-    if not str(chosen).isdecimal():
-        raise UserError(f"A run has no state {chosen!r}; choose one from the list.")
-    return int(chosen)

@@ -8,7 +8,7 @@ import gradio as gr
 from app import work
 from app.connect import connect
 from app.context import Context, Page
-from app.run_picker import BEST, keep_runs, no_run, run_dropdown, state_dropdown, states_of
+from app.run_picker import keep_runs, no_run, run_dropdown, state_dropdown, states_of, step_of
 from app.sampling import sampling_controls, sampling_from
 from app.views import chat as view
 from app.views import html
@@ -118,7 +118,7 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
         samples = [[view.question_label(q.messages[-1]["content"])] for q in questions]
         model = folder.read_config()["options"]["model"].rsplit("/", 1)[-1]
         return [
-            gr.update(choices=states_of(steps), value=BEST), questions,
+            states_of(steps), questions,
             gr.Dataset(samples=samples, visible=bool(samples)), "",
             view.who("Adapted", name), view.who("Base", model),
         ]  # fmt: skip
@@ -207,7 +207,8 @@ class _Answers:
         if not run:
             raise UserError("Choose a run to talk to first.")
         folder = find_run(run, self._context.runs_dir)
-        checkpoint = None if state == BEST else state
+        step = step_of(state)
+        checkpoint = None if step is None else str(step)
         questions = {"adapted": adapted, "base": base if with_base else []}
         opening = [{"role": "system", "content": system}] if (system or "").strip() else []
         asked = {who: [*opening, *turns] for who, turns in questions.items() if turns}

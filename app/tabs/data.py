@@ -1,6 +1,7 @@
 """The tab Data: what there is to learn from, what is wrong with it, and what will be learned."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,10 @@ def _wire(
 
     def take_upload(file: str | None) -> Any:
         if file is None:
-            return gr.skip(), gr.skip()
+            return [gr.skip()] * 3
         name = keep_upload(Path(file), context.uploads_dir)
-        return None, gr.update(choices=_choices(context), value=name)
+        files = gr.update(choices=_files(context))
+        return None, gr.update(choices=_choices(context), value=name), files
 
     def take_hub(name: str) -> Any:
         if not _HUB.fullmatch(name.strip()):
@@ -161,8 +163,25 @@ def _wire(
     def look(chosen: str | None, valid: str | None, tokenizer: str, *values: Any) -> Any:
         named, settings = values[: len(_COLUMNS)], values[len(_COLUMNS) :]
         if not chosen:
-            return [{}, {}, 0, _NOTHING, _NO_EXAMPLE, "", *[gr.update(interactive=False)] * 2,
-                    gr.skip(), *[gr.skip()] * len(_COLUMNS)]  # fmt: skip
+            return nothing(_NOTHING)
+        try:
+            return find(chosen, valid, tokenizer, named, settings)
+        except UserError as error:
+            # What was shown, and what Start would train on, is of other data.
+            return nothing(html.problem(str(error).replace(f"{context.uploads_dir}/", "")))
+
+    def nothing(why: str) -> list[Any]:
+        return [{}, {}, 0, why, _NO_EXAMPLE, "", *[gr.update(interactive=False)] * 2,
+                gr.skip(), *[gr.skip()] * len(_COLUMNS)]  # fmt: skip
+
+    def find(
+        chosen: str, valid: str | None, tokenizer: str, named: Sequence[str],
+        settings: Sequence[Any],
+    ) -> list[Any]:  # fmt: skip
+        if tokenizer not in cached_models():
+            raise UserError(
+                f"{tokenizer} is no model on this machine; choose another for “Tokens of”."
+            )
         options = _options(context, chosen, valid, named, settings)
         seen = {**options, "model": tokenizer}
         overview = context.data.call(work.look_at_data, seen)
@@ -173,11 +192,12 @@ def _wire(
             spans = context.data.call(work.example_of_data, seen, 0)
             first = view.example(spans, 1, overview.train.examples)
         choices = [_SAME, *overview.columns]
-        remember(context.last_data_file, [chosen, valid, tokenizer, *values])
+        remember(context.last_data_file, [chosen, valid, tokenizer, *named, *settings])
         return [
             options if usable else {}, seen, 0, view.checks(overview, options["skip_bad_rows"]),
             first, view.histogram(overview.bars), gr.update(interactive=False),
-            gr.update(interactive=more), gr.update(open=not overview.train.examples),
+            gr.update(interactive=more),
+            gr.update(open=bool(options["columns"]) or not overview.train.examples),
             *[gr.update(choices=choices, value=n if n in choices else _SAME) for n in named],
         ]  # fmt: skip
 
@@ -196,7 +216,7 @@ def _wire(
         return show
 
     connect(sources["upload"].upload, take_upload, [sources["upload"]],
-            [sources["upload"], sources["chosen"]], notice=problem)  # fmt: skip
+            [sources["upload"], sources["chosen"], sources["valid"]], notice=problem)  # fmt: skip
     connect(sources["sample"].click, lambda: _SAMPLE, [], [sources["chosen"]])
     connect([sources["load"].click, sources["hub"].submit], take_hub, [sources["hub"]],
             [sources["chosen"]], notice=problem)  # fmt: skip
@@ -213,7 +233,7 @@ def _wire(
 
 def _restored(context: Context, count: int) -> list[Any]:
     """The tab's controls as they were left, with the files there are now."""
-    choices, files = _choices(context), _files(context)
+    choices, files, models = _choices(context), _files(context), cached_models()
     kept = recall(context.last_data_file, count)
     if kept is None or kept[0] not in {value for _, value in choices}:
         lists = [gr.update(choices=choices), gr.update(choices=files)]
@@ -223,7 +243,7 @@ def _restored(context: Context, count: int) -> list[Any]:
     return [
         gr.update(choices=choices, value=chosen),
         gr.update(choices=files, value=valid if valid in dict(files) else None),
-        tokenizer if tokenizer in cached_models() else "starter",
+        gr.update(choices=models, value=tokenizer if tokenizer in models else "starter"),
         *[gr.update(choices=list(dict.fromkeys([_SAME, name])), value=name) for name in named],
         *settings,
     ]
@@ -241,8 +261,8 @@ def _options(
     context: Context,
     chosen: str,
     valid: str | None,
-    named: tuple[str, ...],
-    settings: tuple[Any, ...],
+    named: Sequence[str],
+    settings: Sequence[Any],
 ) -> dict[str, Any]:
     """Options of ``TrainConfig`` from what the tab's controls say."""
 

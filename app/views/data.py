@@ -5,6 +5,7 @@ from typing import Any
 
 from app.views.html import escape
 from app.views.numbers import count
+from app.wording import in_words_of_the_form
 
 # More of one example than anybody reads, and more than a browser draws at once.
 _TOKENS_SHOWN = 4000
@@ -54,7 +55,7 @@ def _usable(overview: Any) -> str:
 
 def _problems(overview: Any, severity: str, skip_bad_rows: bool) -> Iterable[str]:
     for report in overview.reports:
-        lines = report.sentences(severity, _PROBLEMS_SHOWN)
+        lines = [in_words_of_the_form(s) for s in report.sentences(severity, _PROBLEMS_SHOWN)]
         if not lines:
             continue
         if severity == "error":
@@ -114,16 +115,20 @@ def histogram(bars: Iterable[tuple[int, int, int]]) -> str:
     bars = list(bars)
     if not bars:
         return ""
+    low, high = bars[0][0], bars[-1][1]
+    if len(bars) == 1:
+        long = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        return f'<p class="hint figures">Every example has {long} tokens.</p>'
     most = max(number for _, _, number in bars)
     drawn = "".join(
         f'<i style="height:{max(2.0, 100 * number / most) if number else 0:.1f}%" '
-        f'title="{low:,} to {high:,} tokens: {number:,} examples"></i>'
-        for low, high, number in bars
+        f'title="{start:,} to {end:,} tokens: {number:,} examples"></i>'
+        for start, end, number in bars
     )
-    said = ", ".join(f"{low} to {high} tokens: {number}" for low, high, number in bars)
+    said = ", ".join(f"{start} to {end} tokens: {number}" for start, end, number in bars)
     return (
         f'<h3 class="group">Length <span class="hint">tokens of an example</span></h3>'
         f'<div class="histogram" role="img" aria-label="Examples by length. {escape(said)}">'
         f"{drawn}</div>"
-        f'<div class="axis figures"><span>{bars[0][0]:,}</span><span>{bars[-1][1]:,}</span></div>'
+        f'<div class="axis figures"><span>{low:,}</span><span>{high:,}</span></div>'
     )
