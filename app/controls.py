@@ -66,7 +66,7 @@ def control(name: str, **settings: Any) -> Any:
         # TrainConfig names all values out of bounds at once.
         return gr.Number(precision=0 if hint is int else None, step=_step(option.default), **common)
     # A number field has no way to be empty, so what may be left to the program is text.
-    return gr.Textbox(placeholder="none" if get_origin(plain) is tuple else _AUTO, **common)
+    return gr.Textbox(placeholder="" if get_origin(plain) is tuple else _AUTO, **common)
 
 
 def shown(name: str, value: Any) -> Any:

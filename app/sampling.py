@@ -54,7 +54,7 @@ def _control(name: str) -> Any:
     common = {
         "label": _label(name),
         "info": option.metadata["help"],
-        "elem_id": f"chat-{name.replace('_', '-')}",
+        "elem_id": f"sampling-{name.replace('_', '-')}",
         "min_width": 240,
     }
     if name in _SLIDERS:
@@ -63,6 +63,5 @@ def _control(name: str) -> Any:
     if name == "stop":
         common["info"] = "Texts that end the answer, one a line."
         return gr.Textbox(lines=2, max_lines=4, max_length=2000, **common)
-    return gr.Number(
-        option.default, precision=0, minimum=0, placeholder="another each time", **common
-    )
+    # A number field has no way to be empty.
+    return gr.Textbox(placeholder="another each time", max_length=20, **common)

@@ -68,6 +68,10 @@ class Trainings:
         return self._place / "training.log"
 
     @property
+    def _record(self) -> Path:
+        return self._place / "training.json"
+
+    @property
     def _lock_file(self) -> Path:
         return self._place / "training.lock"
 
@@ -114,10 +118,16 @@ class Trainings:
         """Let a paused run go on."""
         find_run(run, self.runs_dir).pause_file.unlink(missing_ok=True)
 
+    def forget(self, run: str) -> None:
+        """The last training is none to speak of if it was of this run, which has just gone."""
+        last = self.status()
+        if last is not None and last.run == run and not last.alive:
+            self._record.unlink(missing_ok=True)
+
     def status(self) -> Activity | None:
         """The last training, or ``None`` if there never was one."""
         try:
-            last: dict[str, Any] = json.loads((self._place / "training.json").read_text("utf-8"))
+            last: dict[str, Any] = json.loads(self._record.read_text("utf-8"))
         except (OSError, ValueError):
             return None
         run = RunFolder(self.runs_dir / last["run"])
@@ -149,7 +159,7 @@ class Trainings:
                 )
             command = [sys.executable, "-m", "dora_mlx.train", *words]
             record = {"run": run, "began": time.time()}
-            (self._place / "training.json").write_text(json.dumps(record), encoding="utf-8")
+            self._record.write_text(json.dumps(record), encoding="utf-8")
             lock.truncate(0)
             with open(self.log_file, "wb") as log:
                 process = subprocess.Popen(

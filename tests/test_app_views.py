@@ -152,7 +152,7 @@ def test_numbers():
     sizes = [gigabytes(size) for size in (6.59e9, 12.3e9, 8.4e8, 1200)]
     assert sizes == ["6.59 GB", "12 GB", "840 MB", "1 kB"]
     assert [duration(s) for s in (8, 185, 8050)] == ["8 s", "3 min 05 s", "2 h 14 min"]
-    assert [count(n) for n in (205_000, 4_060_000)] == ["205,000", "4.1 M"]
+    assert [count(n) for n in (205_000, 4_060_000, 14.8e9)] == ["205,000", "4.1 M", "14.8 B"]
 
 
 def test_every_option_is_in_the_form_or_decided_by_the_data():

@@ -127,6 +127,10 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
         question = questions[picked.index if isinstance(picked.index, int) else picked.index[0]]
         return question.messages[-1]["content"], view.expected(question.answer)
 
+    def keep_expected(text: str, questions: list[Any]) -> Any:
+        asked = text in (question.messages[-1]["content"] for question in questions)
+        return gr.skip() if asked else ""
+
     conversation = [ui["adapted"], ui["base"]]
     asking = [ui["run"], ui["state"], ui["with_base"], ui["system"], *ui["sampling"].values()]
     outputs = [talk, *conversation, ui["message"], ui["pace"], ui["stop"]]
@@ -157,6 +161,9 @@ def _wire(context: Context, page: Page, ui: dict[str, Any], nothing: Any, body: 
     )  # fmt: skip
     connect(ui["with_base"].change, lambda on: gr.update(visible=on), [ui["with_base"]],
             [ui["base_column"]])  # fmt: skip
+    connect([ui["send"].click, ui["message"].submit], keep_expected, [ui["message"], held_out],
+            [ui["expected"]])  # fmt: skip
+    connect([ui["adapted"].edit, ui["base"].edit], lambda: "", [], [ui["expected"]])
     connect(ui["questions"].select, pick, [held_out], [ui["message"], ui["expected"]])
     connect(ui["run"].change, choose, [ui["run"]],
             [ui["state"], held_out, ui["questions"], ui["expected"], ui["adapted_who"],
@@ -222,17 +229,22 @@ class _Answers:
         )
         answers: dict[str, list[Turn]] = {who: [] for who in questions}
         stream = self._context.chat.stream(work.answer, folder, checkpoint, asked, settings)
-        for who, text, tokens, seconds in stream:
-            answers[who] = [{"role": "assistant", "content": text}]
-            columns = [[*turns, *answers[name]] for name, turns in questions.items()]
-            yield (
-                dict(zip(questions, columns, strict=True)),
-                *columns,
-                gr.skip(),
-                view.pace(tokens, seconds, self._is_training),
-                gr.skip(),
-            )
-        yield *[gr.skip()] * 5, gr.update(interactive=False)
+        ended = *[gr.skip()] * 5, gr.update(interactive=False)
+        try:
+            for who, text, tokens, seconds in stream:
+                answers[who] = [{"role": "assistant", "content": text}]
+                columns = [[*turns, *answers[name]] for name, turns in questions.items()]
+                yield (
+                    dict(zip(questions, columns, strict=True)),
+                    *columns,
+                    gr.skip(),
+                    view.pace(tokens, seconds, self._is_training),
+                    gr.skip(),
+                )
+        except UserError:
+            yield ended
+            raise
+        yield ended
 
     @property
     def _is_training(self) -> bool:

@@ -9,7 +9,8 @@ from app.context import Context, Page
 from app.views import html, runs
 from dora_mlx import UserError, list_runs
 
-# A click on a row says which; the server looks the name up among the runs there are.
+# A click on a row says which; the server looks the name up among the runs there are. A new table
+# is put into the old one, whose boxes would keep what was clicked in another row.
 _ROWS = """
 element.addEventListener('click', (event) => {
   const open = event.target.closest('[data-open]');
@@ -18,6 +19,9 @@ element.addEventListener('click', (event) => {
 element.addEventListener('change', (event) => {
   const box = event.target.closest('[data-compare]');
   if (box) trigger('click', {action: box.checked ? 'add' : 'remove', run: box.dataset.compare});
+});
+watch('value', () => {
+  for (const box of element.querySelectorAll('[data-compare]')) box.checked = box.defaultChecked;
 });
 """
 

@@ -195,7 +195,9 @@ def _build_management(context: Context, page: Page) -> None:
         keep = gr.Button("Keep it", scale=0, min_width=90, elem_id="run-keep")
 
     def to_new_name(run: str, wanted: str) -> tuple[str, str]:
-        return rename_run(run, (wanted or "").strip(), context.runs_dir).name, ""
+        name = rename_run(run, (wanted or "").strip(), context.runs_dir).name
+        context.trainings.forget(run)
+        return name, ""
 
     def ask_first(run: str) -> tuple[Any, str]:
         find_run(run, context.runs_dir)
@@ -204,6 +206,7 @@ def _build_management(context: Context, page: Page) -> None:
 
     def delete_now(run: str) -> tuple[None, Any]:
         delete_run(run, context.runs_dir)
+        context.trainings.forget(run)
         return None, gr.update(visible=False)
 
     connect(rename.click, to_new_name, [page.run, new_name], [page.run, new_name], notice=problem)

@@ -68,7 +68,7 @@ def _problems(overview: Any, severity: str, skip_bad_rows: bool) -> Iterable[str
         else:
             number = report.count("warning")
             rows = f"{number:,} {report.unit}{'s'[: number > 1]} of {_name(report.source)}"
-            title = f"{rows} may deserve a look; the training uses {'them' if number > 1 else 'it'}"
+            title = f"{rows} may deserve a look; what is not called left out is used"
             yield _item("warn", title, lines)
 
 

@@ -188,7 +188,12 @@ def _last_words(look: RunLook) -> str:
     end = look.events[-1] if look.events and look.events[-1]["event"] == "end" else {}
     if end.get("message"):
         notes.append(html.problem(str(end["message"])))
-    warnings = [str(event["message"]) for event in look.events if event["event"] == "warning"]
+    # The pill and the button say what a pause is.
+    warnings = [
+        str(event["message"])
+        for event in look.events
+        if event["event"] == "warning" and not event.get("pause")
+    ]
     if warnings:
         shown = "\n".join(dict.fromkeys(warnings[-8:]))
         notes.append(html.note(in_words_of_the_form(shown), "warn"))

@@ -187,6 +187,7 @@ def _told_to_stop(trainer: Trainer, should_stop: Callable[[], bool]) -> bool:
                 "warning",
                 step=trainer.progress.step,
                 message=f"paused until {folder.pause_file} is removed",
+                pause=True,
             )
         paused = True
         time.sleep(_PAUSE_POLL_S)
