@@ -1,6 +1,7 @@
 """The guard around the app: what it lets through and what it stops, by HTTP."""
 
 import asyncio
+import sys
 
 import httpx
 import pytest
@@ -9,6 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from app import guard
+from app.__main__ import main
 from app.guard import Guard, Login, is_loopback
 
 
@@ -169,3 +171,11 @@ def test_login_is_asked_for(monkeypatch):
 def test_loopback_addresses():
     assert all(map(is_loopback, ["127.0.0.1", "127.0.0.2", "::1", "localhost"]))
     assert not any(map(is_loopback, ["0.0.0.0", "::", "192.168.1.2", "example.com"]))
+
+
+def test_incomplete_installation_and_missing_login_are_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["--port", "0", "--no-browser"]) == 2
+    assert capsys.readouterr().err.startswith("error: the installation is not complete: gradio")
+    assert main(["--host", "0.0.0.0", "--no-browser"]) == 2
+    assert "add --auth NAME" in capsys.readouterr().err

@@ -5,6 +5,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +56,22 @@ def runs_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(runs_dir):
     return find_run("small", runs_dir)
+
+
+def test_closed_worker_lets_go_of_whoever_waits_for_it():
+    worker = Worker("data")
+    process = worker.call(os.getpid)
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(worker.call, time.sleep, 600)
+        while not worker.busy:
+            time.sleep(0.01)
+        worker.close()
+        with pytest.raises(UserError):
+            waiting.result()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    with pytest.raises(UserError, match="is ending"):
+        worker.call(os.getpid)
 
 
 def test_choice_that_has_just_gone_from_its_list_gets_a_note(runs_dir):

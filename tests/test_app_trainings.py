@@ -120,6 +120,11 @@ def test_training_that_cannot_start_says_why_and_leaves_nothing(trainings, tmp_p
     assert "line 1" in look.activity.error
     assert "Traceback" not in trainings.log()
     assert not (trainings.runs_dir / "one").exists()
+    # A run that was renamed or deleted leaves a record like this one.
+    trainings.forget("another")
+    assert trainings.status().run == "one"
+    trainings.forget("one")
+    assert trainings.status() is None
 
 
 def test_training_that_is_prepared_can_be_cancelled(trainings):

@@ -65,6 +65,14 @@
     next.focus();
   }
 
+  // Gradio opens a list at every key, also at the one that leaves it, and then it stays open; one
+  // that is long enough to scroll would be the next stop.
+  function leaveList(event) {
+    if (event.key !== "Tab" || !event.target.matches('[role="combobox"]')) return;
+    event.stopPropagation();
+    event.target.blur();
+  }
+
   document.addEventListener("click", (event) => {
     if (event.target.closest("button.theme")) return toggleTheme();
     const button = event.target.closest("button.copy");
@@ -75,6 +83,7 @@
     if (link) openTab(link.dataset.openTab);
   });
   document.addEventListener("keydown", moveBetweenTabs);
+  document.addEventListener("keydown", leaveList, true);
   dark.addEventListener("change", applyTheme);
   // Gradio brings this script in when the page is there already.
   applyTheme();

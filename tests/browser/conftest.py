@@ -27,23 +27,26 @@ class Server:
         self.runs_dir, self.exports_dir = place / "runs", place / "exports"
         self.temporary = place / "temporary"
         self.url = ""
+        self.terminal = place / "terminal.log"
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, port: int = 0) -> "Server":
         words = ["--no-browser", "--port", str(port)]
         words += ["--runs-dir", str(self.runs_dir), "--exports-dir", str(self.exports_dir)]
         self.temporary.mkdir(parents=True, exist_ok=True)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "app", *words],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TMPDIR": str(self.temporary)},
-        )
+        with self.terminal.open("a") as terminal:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "app", *words],
+                stdout=subprocess.PIPE,
+                stderr=terminal,
+                text=True,
+                env={**os.environ, "TMPDIR": str(self.temporary)},
+            )
         for line in self._process.stdout:
             if " is at http" in line:
                 self.url = line.split(" is at ")[1].split()[0]
                 return self
-        raise RuntimeError("the app did not start")
+        raise RuntimeError(f"the app did not start: {self.terminal.read_text()}")
 
     def resident_bytes(self) -> int:
         """Memory that the server's own process holds."""
@@ -64,11 +67,23 @@ class Server:
         self.start(int(self.url.rsplit(":", 1)[1]))
 
     def stop(self) -> None:
+        """As Ctrl-C ends it: with all its workers, whatever they do and whoever looks."""
+        workers = self._workers("--parent", str(self._process.pid))
         self._process.send_signal(signal.SIGINT)
         try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
+            assert self._process.wait(PATIENCE_MS / 1000) == 0
+        finally:
             self.kill()
+        assert not workers & self._workers()
+
+    def _workers(self, *of: str) -> set[str]:
+        listed = subprocess.run(
+            ["pgrep", *of, "--full", "multiprocessing-fork"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return set(listed.stdout.split())
 
 
 # Playwright keeps an event loop running in this thread, in which no other test could run its own:
@@ -85,11 +100,16 @@ def browser():
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory):
+def server(browser, tmp_path_factory):
     """One app for all tests: its start and its first look at a model cost seconds."""
     running = Server(tmp_path_factory.mktemp("app")).start()
     yield running
+    page = browser.new_page()
+    page.goto(running.url)
+    page.locator('#tabs [role="tab"]').first.wait_for()
     running.stop()
+    page.close()
+    assert "Traceback" not in running.terminal.read_text()
 
 
 @pytest.fixture

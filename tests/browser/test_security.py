@@ -173,7 +173,7 @@ def test_every_event_survives_evil_input_and_gives_nothing_away(tmp_path):
     try:
         _call_every_event(server)
     finally:
-        server.stop()
+        server.kill()
 
 
 def _call_every_event(server):

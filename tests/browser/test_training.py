@@ -1,5 +1,6 @@
 """The tab Train: start, watch, reload, stop, resume, and losing every process on the way."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Error, expect
+
+from tests.browser.conftest import CHROMIUM
 
 
 def start(page, name, steps=400, **fields):
@@ -86,10 +89,17 @@ def test_bad_values_are_named_where_they_belong(server, open_page):
     assert not [path for path in server.runs_dir.iterdir() if "no good" in path.name]
 
 
-def test_server_dies_and_the_training_is_found_again(server, open_page):
-    page = open_page("train")
+def test_browser_and_server_die_and_the_training_is_found_again(browser, server, open_page):
+    doomed = browser.browser_type.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    page = doomed.new_page()
+    page.goto(server.url)
     start(page, "second", 300)
     expect(page.locator("#run-status")).to_contain_text(re.compile(r"step [1-9]\d* of 300"))
+    with contextlib.suppress(Error):
+        doomed.new_browser_cdp_session().send("Browser.crash")
+    page = open_page("train")
+    seen = events(server, "second")[-1]["step"]
+    expect(page.locator("#run-status")).to_contain_text(re.compile(rf"step (?!{seen} )\d+ of 300"))
     server.kill()
     before = len(events(server, "second"))
     server.restart()
@@ -101,6 +111,8 @@ def test_server_dies_and_the_training_is_found_again(server, open_page):
     expect(page.locator("#run-status .pill")).to_have_text("Training")
     stop(page)
     assert len(events(server, "second")) > before
+    steps = [event["step"] for event in events(server, "second") if event["event"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.fixture
@@ -142,6 +154,8 @@ def test_runs_are_compared_renamed_and_deleted_when_asked_twice(server, two_runs
     page.locator("#run-new-name :is(input, textarea)").fill("old")
     page.locator("#run-rename").click()
     expect(page.locator("#run-status .run-name")).to_have_text("old")
+    # Its box is a new one, in the place of one that was ticked.
+    expect(page.locator("[data-compare=old]")).not_to_be_checked()
     page.locator("#run-delete").click()
     page.locator("#run-keep").click()
     expect(page.locator("#run-delete-really")).to_be_hidden()

@@ -102,3 +102,35 @@ def export_and_download(page, server, tmp_path):
     exported = server.exports_dir / download.value.suggested_filename
     assert saved.read_bytes() == exported.read_bytes()
     assert saved.read_bytes()[:4] == b"GGUF"
+
+
+def test_by_keyboard_alone(page):
+    press = page.keyboard.press
+    focused = page.locator(":focus")
+    while focused.get_attribute("role") != "tab":
+        press("Tab")
+    assert focused.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    for key, tab in (("End", "export"), ("ArrowRight", "data"), ("ArrowLeft", "export")):
+        press(key)
+        expect(focused).to_have_attribute("data-tab-id", tab)
+        expect(focused).to_have_attribute("aria-selected", "true")
+    press("Home")
+    step_to(page, "#data-sample")
+    press("Enter")
+    expect(page.locator("#data-checks")).to_contain_text("usable examples")
+    # A list that the Tab key leaves does not stay open over what comes next.
+    step_to(page, "#data-chosen input")
+    expect(page.get_by_role("listbox")).to_be_visible()
+    press("Tab")
+    expect(page.get_by_role("listbox")).to_have_count(0)
+    expect(focused).to_have_text(re.compile("Other sources"))
+
+
+def step_to(page, place):
+    """Press Tab until something has the focus, which it shows."""
+    wanted = page.locator(f"{place}:focus")
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if wanted.count():
+            return
+    raise AssertionError(f"{place} cannot be reached")
