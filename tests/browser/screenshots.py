@@ -65,6 +65,15 @@ def main() -> int:
     return 0
 
 
+def _wait(page: Page, place: str, text: str) -> None:
+    """Until it is there; what a notice says instead, in red, ends everything at once."""
+    found = page.locator(place).filter(has_text=text).last
+    problem = page.locator(".note.bad:visible")
+    expect(found.or_(problem).first).to_be_visible(timeout=10 * PATIENCE_MS)
+    if problem.count():
+        raise SystemExit(f"{page.url} says: {problem.first.inner_text()}")
+
+
 def _make_small() -> None:
     """Those that the README shows, in few colours."""
     for tab, theme, width in CHOSEN:
@@ -80,15 +89,15 @@ def _train(page: Page, name: str, **options: object) -> None:
     for field, value in {"name": name, **options}.items():
         page.locator(f"#train-{field} :is(input, textarea)").fill(str(value))
     page.locator("#train-start").click()
-    expect(page.locator("#run-status .run-name")).to_have_text(name)
-    expect(page.locator("#run-status")).to_contain_text("Completed", timeout=10 * PATIENCE_MS)
+    _wait(page, "#run-status .run-name", name)
+    _wait(page, "#run-status", "Completed")
 
 
 def _export(page: Page) -> None:
     page.get_by_role("tab", name="Export").click()
     page.locator("#export-format").get_by_text("gguf", exact=True).click()
     page.locator("#export-start").click()
-    expect(page.locator("#export-files a").first).to_be_visible(timeout=3 * PATIENCE_MS)
+    _wait(page, "#export-files a", ".gguf")
 
 
 def _photograph_empty(browser, url: str) -> None:
@@ -106,28 +115,28 @@ def _photograph(browser, url: str, tabs: Sequence[str], theme: str, width: int) 
         _open(page, url, tab)
         if tab == "train":
             expect(page.locator("#train-start")).to_have_text("Start training")
-            expect(page.locator(".plan")).to_be_visible()
+            _wait(page, ".plan", "Estimated memory")
             for name in ("talks-like-a-pirate", "first-try"):
                 page.locator(f"[data-compare={name}]").click()
                 expect(page.locator(f"[data-compare={name}]")).to_be_checked()
         elif tab == "chat":
             page.locator("#chat-message textarea").fill("What is the capital of France?")
             page.locator("#chat-send").click()
-            expect(page.locator("#chat-pace")).to_contain_text("tokens/s")
+            _wait(page, "#chat-pace", "tokens/s")
             expect(page.locator("#chat-stop")).to_be_disabled()
             # Once more, because the first answer's pace has the model's first touch in it.
             page.locator("#chat-pace p").evaluate("said => { said.textContent = ''; }")
             page.locator("#chat-again").click()
-            expect(page.locator("#chat-pace")).to_contain_text("tokens/s")
-            expect(page.locator("#chat-base .bot").last).to_contain_text(".")
+            _wait(page, "#chat-pace", "tokens/s")
+            _wait(page, "#chat-base .bot", ".")
             expect(page.locator("#chat-stop")).to_be_disabled()
         elif tab == "changes":
             page.locator("#changes-measure").click()
-            expect(page.locator("#changes-result")).to_contain_text("down_proj")
+            _wait(page, "#changes-result", "down_proj")
         elif tab == "export":
-            expect(page.locator("#export-size")).to_contain_text("free on this disk")
+            _wait(page, "#export-size", "free on this disk")
         elif tab == "data":
-            expect(page.locator("#data-example")).to_contain_text("Arr")
+            _wait(page, "#data-example", "Arr")
         # Drawn and at rest: charts settle with the next tick.
         page.wait_for_timeout(1500)
         page.mouse.move(0, 0)

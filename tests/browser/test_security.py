@@ -216,8 +216,8 @@ def _call(client, number: int, data) -> str:
 
 def _tree(server) -> dict[Path, bytes]:
     """Every file that the app could have written, and what is in it."""
-    files = (path for path in server.runs_dir.parent.rglob("*") if path.is_file())
-    return {path: path.read_bytes() for path in files}
+    files = {path for path in server.runs_dir.parent.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in files - {server.terminal}}
 
 
 def test_browser_keeps_no_history(page):
