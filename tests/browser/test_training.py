@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 from playwright.sync_api import Error, expect
 
+from dora_mlx import RunFolder, TrainConfig
 from tests.browser.conftest import CHROMIUM
 
 
@@ -116,14 +115,17 @@ def test_browser_and_server_die_and_the_training_is_found_again(browser, server,
 
 
 @pytest.fixture
-def two_runs(server, tmp_path):
+def two_runs(server):
     """Runs named ``compared`` and ``copy``, which have ended."""
-    command = [sys.executable, "-m", "dora_mlx.train", "--steps", "4", "--steps-per-eval", "2"]
-    command += ["--run", "compared", "--runs-dir", str(tmp_path), "--batch-size", "1"]
-    subprocess.run(command, check=True, capture_output=True)
     names = ("compared", "copy")
     for name in names:
-        shutil.copytree(tmp_path / "compared", server.runs_dir / name)
+        folder = RunFolder(server.runs_dir / name)
+        folder.path.mkdir(parents=True)
+        folder.write_config({"options": TrainConfig(steps=9).to_dict()})
+        told = [{"event": "step", "step": n, "loss": 9.0 / n, "time": n} for n in range(1, 10)]
+        told += [{"event": "validation", "step": n, "loss": 8.0 / n, "time": n} for n in (3, 9)]
+        told += [{"event": "end", "reason": "completed", "step": 9, "time": 9}]
+        (folder.path / "events.jsonl").write_text("\n".join(map(json.dumps, told)) + "\n")
     yield names
     for name in names:
         shutil.rmtree(server.runs_dir / name, ignore_errors=True)

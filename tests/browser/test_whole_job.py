@@ -107,8 +107,7 @@ def export_and_download(page, server, tmp_path):
 def test_by_keyboard_alone(page):
     press = page.keyboard.press
     focused = page.locator(":focus")
-    while focused.get_attribute("role") != "tab":
-        press("Tab")
+    step_to(page, '[role="tab"]')
     assert focused.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
     for key, tab in (("End", "export"), ("ArrowRight", "data"), ("ArrowLeft", "export")):
         press(key)
