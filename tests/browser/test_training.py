@@ -122,7 +122,15 @@ def two_runs(server):
         folder = RunFolder(server.runs_dir / name)
         folder.path.mkdir(parents=True)
         folder.write_config({"options": TrainConfig(steps=9).to_dict()})
-        told = [{"event": "step", "step": n, "loss": 9.0 / n, "time": n} for n in range(1, 10)]
+        told = [{"event": "start", "resumed_from": None, "time": 0}]
+        told += [
+            {
+                "event": "step", "step": n, "loss": 9.0 / n, "time": n, "learning_rate": 1e-4,
+                "tokens": 9 * n, "tokens_per_second": 9, "peak_memory_bytes": 10**9,
+                "grad_norm": 1,
+            }
+            for n in range(1, 10)
+        ]  # fmt: skip
         told += [{"event": "validation", "step": n, "loss": 8.0 / n, "time": n} for n in (3, 9)]
         told += [{"event": "end", "reason": "completed", "step": 9, "time": 9}]
         (folder.path / "events.jsonl").write_text("\n".join(map(json.dumps, told)) + "\n")
