@@ -1,7 +1,7 @@
 """What a page asks every second, and whom it tells when the answer is a new one.
 
-An answer costs a browser some 30 ms, whatever is in it, so that a page asks one question. Its
-answer are two fingerprints of what lies on the disk, and what shows something of it follows them.
+An answer costs a browser some 30 ms, whatever is in it, so a page asks one question. Its answer is
+two fingerprints of what lies on the disk, and what shows something of it follows them.
 """
 
 from collections.abc import Callable

@@ -37,6 +37,9 @@ def connect(
         notice: Where a ``UserError`` of it is shown; emptied when it succeeds. Without one the
             error pops up.
         options: Passed on to ``gr.on``.
+
+    Returns:
+        The event as Gradio knows it, for the ``cancels`` of another.
     """
     inputs, outputs = list(inputs), list(outputs)
     count = len(outputs)

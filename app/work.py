@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     )
 
 
-def plan(config: TrainConfig) -> "MemoryPlan":
-    """The memory plan of a training."""
-    from dora_mlx import plan_memory
-
-    return plan_memory(config)
-
-
 _SECONDS_BETWEEN_PIECES = 0.08
 
 # What this process keeps: the data it looked at last, and the model one talks to.
 _looked: dict[str, Any] = {}
 _talking: dict[str, Any] = {}
+
+
+def plan(config: TrainConfig) -> "MemoryPlan":
+    """The memory plan of a training."""
+    from dora_mlx import plan_memory
+
+    return plan_memory(config)
 
 
 def look_at_data(options: dict[str, Any]) -> "DataOverview":

@@ -36,6 +36,9 @@ class ChatModel:
 
     Args:
         adapters: A base model with its adapters; both belong to this object from now on.
+
+    Attributes:
+        base: The loaded base model with its tokenizer and configuration.
     """
 
     def __init__(self, adapters: SwappableModel):

@@ -295,7 +295,11 @@ class TrainConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> "TrainConfig":
-        """The options of a saved run's ``config.json``, or of a flat JSON file of options."""
+        """The options of a saved run's ``config.json``, or of a flat JSON file of options.
+
+        Raises:
+            UserError: If the file is missing or is no JSON object; or as ``from_dict`` does.
+        """
         return cls.from_dict(read_options(path), where=str(path))
 
 

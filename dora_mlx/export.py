@@ -83,8 +83,8 @@ def export_run(
         public: Whether a repository that the upload makes can be seen by everybody.
         pre: What llama.cpp calls the tokenizer's way of splitting text, where it is not known here.
         checkpoint: As for ``load_run``: ``None`` for the best adapter.
-        progress: Called with the phase and bytes; what it raises ends the export and leaves
-            nothing behind.
+        progress: Called with the phase, and bytes done and in all or 0 and 0; what it raises ends
+            the export and leaves nothing behind.
 
     Raises:
         UserError: If this model cannot be exported so, before any work; or the disk is full.
@@ -114,7 +114,7 @@ def export_run(
 def export_size(
     folder: RunFolder, output_format: str, quant: str | None = None, output: Path | None = None
 ) -> ExportSize:
-    """What an export would need, from the shapes of the model alone.
+    """What an export would need, from the shapes of the model alone; arguments as ``export_run``.
 
     Raises:
         UserError: If this model cannot be exported so.
@@ -126,7 +126,7 @@ def export_size(
 
 
 def default_export_path(run: str, export_format: ExportFormat, quant: Quant) -> Path:
-    """Where an export goes that was given no place."""
+    """Where an export of the run called ``run`` goes by default: a place in ``exports``."""
     kind = [] if export_format.suffix else [export_format.name]
     if len(export_format.quants) > 1:
         kind.append(quant.name)

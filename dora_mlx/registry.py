@@ -24,7 +24,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-STARTER = "starter"
 LIST_HINT = "`dora-mlx models` lists every name"
 
 # Weights, tokenizer and templates; no code and no pickles.

@@ -38,6 +38,10 @@ _OPTIONS = (
 )
 _COLUMNS = ("prompt", "completion", "system")
 _SAME = "as it is named"
+_NOTHING = html.empty(
+    "No data yet", "Upload a chat file or take the sample; every mistake is named with its line."
+)
+_NO_EXAMPLE = html.empty("No example yet", "Here you will see which tokens the model learns.")
 
 
 def build(context: Context, page: Page) -> None:
@@ -52,12 +56,6 @@ def build(context: Context, page: Page) -> None:
         with gr.Column(scale=7, min_width=320, elem_classes="side"), gr.Column(elem_classes="card"):
             examples = _examples_card()
     _wire(context, page, sources, examples, checks, problem)
-
-
-_NOTHING = html.empty(
-    "No data yet", "Upload a chat file or take the sample; every mistake is named with its line."
-)
-_NO_EXAMPLE = html.empty("No example yet", "Here you will see which tokens the model learns.")
 
 
 def _sources_card() -> dict[str, Any]:
@@ -100,10 +98,7 @@ def _sources_card() -> dict[str, Any]:
                 for known, label in zip(_COLUMNS, ("Question", "Answer", "System"), strict=True)
             ]
         with gr.Accordion("How it is read", open=False, elem_id="data-options"):
-            options = [
-                control(name, elem_id=f"data-{name.replace('_', '-')}")
-                for name in _OPTIONS
-            ]  # fmt: skip
+            options = [control(name, elem_id=f"data-{name.replace('_', '-')}") for name in _OPTIONS]
             tokenizer = gr.Dropdown(
                 cached_models(),
                 value="starter",
@@ -163,57 +158,12 @@ def _wire(
     def look(chosen: str | None, valid: str | None, tokenizer: str, *values: Any) -> Any:
         named, settings = values[: len(_COLUMNS)], values[len(_COLUMNS) :]
         if not chosen:
-            return nothing(_NOTHING)
+            return _nothing(_NOTHING)
         try:
-            return find(chosen, valid, tokenizer, named, settings)
+            return _found(context, chosen, valid, tokenizer, named, settings)
         except UserError as error:
             # What was shown, and what Start would train on, is of other data.
-            return nothing(html.problem(str(error).replace(f"{context.uploads_dir}/", "")))
-
-    def nothing(why: str) -> list[Any]:
-        return [{}, {}, 0, why, _NO_EXAMPLE, "", *[gr.update(interactive=False)] * 2,
-                gr.skip(), *[gr.skip()] * len(_COLUMNS)]  # fmt: skip
-
-    def find(
-        chosen: str, valid: str | None, tokenizer: str, named: Sequence[str],
-        settings: Sequence[Any],
-    ) -> list[Any]:  # fmt: skip
-        if tokenizer not in cached_models():
-            raise UserError(
-                f"{tokenizer} is no model on this machine; choose another for “Tokens of”."
-            )
-        options = _options(context, chosen, valid, named, settings)
-        seen = {**options, "model": tokenizer}
-        overview = context.data.call(work.look_at_data, seen)
-        usable = overview.train.examples and (not overview.bad_rows or options["skip_bad_rows"])
-        more = overview.train.examples > 1
-        first = _NO_EXAMPLE
-        if overview.train.examples:
-            spans = context.data.call(work.example_of_data, seen, 0)
-            first = view.example(spans, 1, overview.train.examples)
-        choices = [_SAME, *overview.columns]
-        remember(context.last_data_file, [chosen, valid, tokenizer, *named, *settings])
-        return [
-            options if usable else {}, seen, 0, view.checks(overview, options["skip_bad_rows"]),
-            first, view.histogram(overview.bars), gr.update(interactive=False),
-            gr.update(interactive=more),
-            gr.update(open=bool(options["columns"]) or not overview.train.examples),
-            *[gr.update(choices=choices, value=n if n in choices else _SAME) for n in named],
-        ]  # fmt: skip
-
-    def turn(by: int) -> Any:
-        def show(seen: dict[str, Any], number: int) -> Any:
-            overview = context.data.call(work.look_at_data, seen)
-            number = min(max(0, number + by), overview.train.examples - 1)
-            spans = context.data.call(work.example_of_data, seen, number)
-            return (
-                number,
-                view.example(spans, number + 1, overview.train.examples),
-                gr.update(interactive=number > 0),
-                gr.update(interactive=number + 1 < overview.train.examples),
-            )
-
-        return show
+            return _nothing(html.problem(str(error).replace(f"{context.uploads_dir}/", "")))
 
     connect(sources["upload"].upload, take_upload, [sources["upload"]],
             [sources["upload"], sources["chosen"], sources["valid"]], notice=problem)  # fmt: skip
@@ -227,8 +177,66 @@ def _wire(
             show_progress_on=[checks])  # fmt: skip
     pages = [at, examples["shown"], examples["previous"], examples["next"]]
     for button, by in ((examples["previous"], -1), (examples["next"], 1)):
-        connect(button.click, turn(by), [asked, at], pages, notice=problem)
+        connect(button.click, _turning(context, by), [asked, at], pages, notice=problem)
     connect(page.blocks.load, lambda: _restored(context, len(inputs)), [], inputs)
+
+
+def _nothing(why: str) -> list[Any]:
+    """The tab's results when there is nothing to show, and why."""
+    return [{}, {}, 0, why, _NO_EXAMPLE, "", *[gr.update(interactive=False)] * 2,
+            gr.skip(), *[gr.skip()] * len(_COLUMNS)]  # fmt: skip
+
+
+def _found(
+    context: Context,
+    chosen: str,
+    valid: str | None,
+    tokenizer: str,
+    named: Sequence[str],
+    settings: Sequence[Any],
+) -> list[Any]:
+    """The tab's results for what was chosen.
+
+    Raises:
+        UserError: If the model or the data cannot be read.
+    """
+    if tokenizer not in cached_models():
+        raise UserError(f"{tokenizer} is no model on this machine; choose another for “Tokens of”.")
+    options = _options(context, chosen, valid, named, settings)
+    seen = {**options, "model": tokenizer}
+    overview = context.data.call(work.look_at_data, seen)
+    usable = overview.train.examples and (not overview.bad_rows or options["skip_bad_rows"])
+    more = overview.train.examples > 1
+    first = _NO_EXAMPLE
+    if overview.train.examples:
+        spans = context.data.call(work.example_of_data, seen, 0)
+        first = view.example(spans, 1, overview.train.examples)
+    choices = [_SAME, *overview.columns]
+    remember(context.last_data_file, [chosen, valid, tokenizer, *named, *settings])
+    return [
+        options if usable else {}, seen, 0, view.checks(overview, options["skip_bad_rows"]),
+        first, view.histogram(overview.bars), gr.update(interactive=False),
+        gr.update(interactive=more),
+        gr.update(open=bool(options["columns"]) or not overview.train.examples),
+        *[gr.update(choices=choices, value=n if n in choices else _SAME) for n in named],
+    ]  # fmt: skip
+
+
+def _turning(context: Context, by: int) -> Any:
+    """A handler that shows the example ``by`` places further on."""
+
+    def show(seen: dict[str, Any], number: int) -> Any:
+        overview = context.data.call(work.look_at_data, seen)
+        number = min(max(0, number + by), overview.train.examples - 1)
+        spans = context.data.call(work.example_of_data, seen, number)
+        return (
+            number,
+            view.example(spans, number + 1, overview.train.examples),
+            gr.update(interactive=number > 0),
+            gr.update(interactive=number + 1 < overview.train.examples),
+        )
+
+    return show
 
 
 def _restored(context: Context, count: int) -> list[Any]:

@@ -15,6 +15,7 @@ from dora_mlx import EXPORT_FORMATS, UserError, find_run, read_export_report
 
 _FORMATS = {entry.name: entry for entry in EXPORT_FORMATS}
 _FIRST = "gguf"
+_NO_RESULT = html.empty("Nothing exported yet", "Its size, and what is left of the training in it.")
 
 
 def build(context: Context, page: Page) -> None:
@@ -38,9 +39,6 @@ def build(context: Context, page: Page) -> None:
                 problem = gr.HTML(elem_id="export-done-problem")
     _wire_form(context, page, form, nothing, body)
     _wire_result(context, page, form, job, stop, written, done, files, show, problem)
-
-
-_NO_RESULT = html.empty("Nothing exported yet", "Its size, and what is left of the training in it.")
 
 
 def _form() -> dict[str, Any]:

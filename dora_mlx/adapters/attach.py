@@ -86,18 +86,22 @@ def attach(
         method: ``dora`` or ``lora`` wraps layers; ``full`` unfreezes every weight and
             dequantizes a quantized model first.
         rank: Rank of the update.
-        alpha: Strength of the update; its scale is alpha / rank.
+        alpha: Strength of the update; its scale s is alpha / rank.
         dropout: Probability of dropping an input of the low-rank path in training.
         target_modules: Names or patterns of layers; empty means all linear layers of a block,
             those of experts included. A pattern that matches nothing in the blocks is looked for
             in the rest of the model: ``embed_tokens``, ``lm_head``.
         num_layers: How many blocks, counted from the last; ``None`` means all.
-        rslora: Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+        rslora: Make s alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732).
         rank_overrides: ``NAME=RANK`` for layers by name or pattern; the last match counts, and
             the scale follows a layer's own rank.
 
+    Returns:
+        What was attached, with the layers by name instead of by pattern.
+
     Raises:
-        UserError: If a pattern matches no layer, or there are not so many blocks.
+        UserError: If a pattern or a rank override matches no layer, or there are not so many
+            blocks.
     """
     blocks = model.layers
     num_layers = len(blocks) if num_layers is None else num_layers
@@ -237,7 +241,10 @@ def adaptable_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block, ``model`` is its base model: the same weights without the adapters."""
+    """Within the block, ``model`` is its base model: the same weights without the adapters.
+
+    A model whose weights were trained themselves (``full``) has none and stays as it is.
+    """
     layers = adapted_layers(model)
     model.update_modules(tree_unflatten([(path, layer.base) for path, layer in layers]))
     try:

@@ -24,7 +24,7 @@ class StoredAdapter:
     arrays: dict[str, mx.array]
 
     def attach_to(self, model: nn.Module) -> AdapterSpec:
-        """Attach the adapter to ``model``, trainable."""
+        """Attach the adapter to ``model``, which it has to fit (``fit_problems``), trainable."""
         spec = self.spec
         attached = attach(
             model,

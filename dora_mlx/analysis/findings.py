@@ -8,7 +8,8 @@ from typing import Any
 class RowChange:
     """A vector of a weight: ``row`` counts output rows (of all experts), or an embedding's columns.
 
-    ``change`` is the length of the change as a share of ``magnitude_before``.
+    ``change`` is the length of the change as a share of ``magnitude_before``; magnitudes are in the
+    units of the weight, ``direction_change`` is 1 - cos, from 0 to 2.
     """
 
     row: int
@@ -45,7 +46,7 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class WeightState:
-    """All trained weights after ``step`` optimizer steps.
+    """All trained weights after ``step`` optimizer steps (``None``: that is not known).
 
     ``best`` marks the run's best adapter; ``correlation`` is Pearson's between dM and dD over the
     weights, or ``None`` where it says nothing.

@@ -44,7 +44,7 @@ def inspect_run(
         folder: The run.
         checkpoint: Look at the checkpoint of this step alone. ``None``: at the best adapter and
             at every checkpoint that is kept.
-        progress: Called with weights done and weights in all.
+        progress: Called with weights done and weights in all, over all states.
 
     Raises:
         UserError: If the run has no adapter yet, or no such checkpoint, or its base model is gone

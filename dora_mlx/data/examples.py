@@ -83,8 +83,8 @@ class Examples(Sequence[Example]):
 class ExampleSet:
     """Examples in file order, and what happened on the way to them.
 
-    ``counts`` says how many records were treated in some way: ``too long`` (in all), ``cut``,
-    ``split``, ``dropped`` for their length, and ``without an answer`` within it (left out).
+    ``counts`` says how many records were treated in some way: ``cut``, ``split``, ``dropped`` for
+    their length, and ``without an answer`` within it (left out).
     """
 
     examples: Examples
@@ -94,11 +94,6 @@ class ExampleSet:
     def trained_tokens(self) -> int:
         """Number of targets of the loss in all examples."""
         return int(self.examples.targets.sum(dtype=np.int64))
-
-    @property
-    def truncated(self) -> int:
-        """Records that lost tokens and stayed."""
-        return self.counts.get("cut", 0)
 
     @property
     def dropped(self) -> int:

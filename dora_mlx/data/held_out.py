@@ -23,7 +23,7 @@ class HeldOutQuestion:
 
 
 def held_out_questions(folder: RunFolder, limit: int = 8) -> list[HeldOutQuestion]:
-    """The first questions of a run's validation set.
+    """The first questions of a run's validation set, ``limit`` of them at most.
 
     Raises:
         UserError: If the data of the run are gone or cannot be read.

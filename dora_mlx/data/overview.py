@@ -66,6 +66,9 @@ class DataLook:
     Args:
         config: The options of the training. Bad rows are left out here and reported.
 
+    Attributes:
+        overview: The ``DataOverview`` of all examples.
+
     Raises:
         UserError: If there is no data, or it cannot be read at all.
     """

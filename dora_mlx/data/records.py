@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,14 +242,3 @@ class Split:
         """Whether the record with this digest is for validation."""
         draw = hashlib.sha256(self._salt + digest).digest()[:8]
         return int.from_bytes(draw, "little") < self._threshold
-
-
-def split_records(
-    records: Iterable[Record], fraction: float, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """Training and validation records, by ``Split``."""
-    split = Split(fraction, seed)
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record in records:
-        sides[split.is_valid(record.digest())].append(record)
-    return sides

@@ -26,7 +26,7 @@ BLOCK_VALUES = 1 << 20
 FEW_ROWS = 3
 _DEPTH_OF_DEQUANTIZING = 10  # Operations one after the other; 6 suffice for 4 bits.
 # What mx.quantize divides a global scale by: the largest products of e4m3 scales and e2m1 values.
-_NVFP4_RANGE = 448 * 6
+NVFP4_RANGE = 448 * 6
 
 _assumed_cpu: ContextVar[bool | None] = ContextVar("assumed_cpu", default=None)
 
@@ -114,7 +114,7 @@ def chosen_rows(
     )
     if base.get("global_scale") is not None:
         per_row = mx.repeat(base["global_scale"], rows // base["global_scale"].size)[chosen]
-        values = (per_row / _NVFP4_RANGE)[:, None] * values
+        values = (per_row / NVFP4_RANGE)[:, None] * values
     return values.astype(dtype)
 
 
@@ -318,7 +318,7 @@ def assuming_device(cpu: bool) -> Iterator[None]:
 def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.array:
     if base.get("global_scale") is not None:
         # Only the gathered product takes one; as a factor of x it serves both directions.
-        x = (base["global_scale"] / _NVFP4_RANGE).reshape(-1, 1, 1) * x
+        x = (base["global_scale"] / NVFP4_RANGE).reshape(-1, 1, 1) * x
     return mx.quantized_matmul(
         x,
         base["weight"],

@@ -150,7 +150,10 @@ def expert_gain_backward(
         y: ``[..., 1, out]``.
         magnitude: m ``[experts, out]`` float32.
         norm: n ``[experts, out]`` float32.
-        experts: ``[...]``.
+        experts: Index of the expert of each row, ``[...]``.
+
+    Returns:
+        dL/dh ``[..., 1, out]`` in the dtype of ``cotangent``; dL/dm ``[experts, out]`` float32.
     """
     products = (cotangent.astype(mx.float32) * y.astype(mx.float32)).reshape(-1, y.shape[-1])
     sums = mx.zeros(magnitude.shape).at[experts.flatten()].add(products)

@@ -20,7 +20,13 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import BLOCK_VALUES, is_quantized, weight_dtype, weight_rows
+from dora_mlx.kernels.frozen_product import (
+    BLOCK_VALUES,
+    NVFP4_RANGE,
+    is_quantized,
+    weight_dtype,
+    weight_rows,
+)
 from dora_mlx.kernels.metal_dispatch import kernel_runs
 
 # Output rows per SIMD group: each value of A read from threadgroup memory serves this many.
@@ -312,8 +318,7 @@ def _expert_scale(base: nn.Module, experts: int) -> mx.array:
     scale = base.get("global_scale")
     if scale is None:
         return mx.ones(experts)
-    # mx.quantize divides by the largest product of an e4m3 scale and an e2m1 value.
-    return mx.broadcast_to(scale.astype(mx.float32).flatten() / (448 * 6), (experts,))
+    return mx.broadcast_to(scale.astype(mx.float32).flatten() / NVFP4_RANGE, (experts,))
 
 
 def _trial(base: nn.Module) -> float:

@@ -106,7 +106,7 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def flattened(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
-    """The arrays in a tree, and how to build it from others."""
+    """The arrays in a tree, in order, and how to build a tree like it from others."""
     leaves: list[mx.array] = []
 
     def take(value: Any) -> Any:

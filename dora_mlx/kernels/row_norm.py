@@ -145,14 +145,14 @@ class AdaptedNorm(ABC):
         return mx.sqrt(self._squares(update.constant(), cross)[0])
 
     def with_cancellation(self, update: Update) -> tuple[mx.array, mx.array]:
-        """What ``of`` gives, bit for bit, and kappa of every norm (0 if no digits are lost)."""
+        """What ``of`` gives, bit for bit, and kappa of every norm; 0 where it loses no digits."""
         squares, update_squares = self._squares(update.constant())
         lengths = mx.sqrt(self.square_sums()) + mx.sqrt(mx.maximum(update_squares, 0))
         kappa = mx.square(lengths) / squares
         return mx.sqrt(squares), kappa
 
     def cancellation_bound(self, update: Update) -> mx.array:
-        """What no kappa can exceed, without reading W: a scalar."""
+        """What no kappa can exceed: a scalar. Of W it takes ``square_sums`` alone."""
         _, update_squares = self._factors(update.constant())
         of_rows, of_update = mx.sqrt(self.square_sums()), mx.sqrt(mx.maximum(update_squares, 0))
         least = mx.maximum(mx.abs(of_rows - of_update), math.sqrt(_SMALLEST_SQUARE))
@@ -191,7 +191,12 @@ class AdaptedNorm(ABC):
 
     @abstractmethod
     def direct(self, update: Update, chosen: mx.array) -> mx.array:
-        """The chosen norms, counted over all experts, in blocks of W + s (A B)^T itself."""
+        """Norms of W + s (A B)^T itself, in blocks of it: ``[n]`` float32.
+
+        Args:
+            update: Taken as a constant of the backward pass.
+            chosen: Which norms: indices ``[n]``, counted over all experts.
+        """
 
     @abstractmethod
     def _sum_squares(self) -> mx.array: ...

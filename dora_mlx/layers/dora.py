@@ -45,7 +45,7 @@ def dora_product(
         magnitude: m ``[out]``, or ``[experts, out]``, float32.
         norm: ``||W + s (A B)^T||``, float32 and shaped as m; a constant here.
         bias: The bias ``[out]`` that ``frozen`` contains, which is not to be scaled.
-        experts: Which row of m each ``[1, out]`` of the output takes, ``[...]``.
+        experts: Which row of m each ``[1, out]`` of the output takes: indices ``[...]``.
         forward: Another way to what ``terms`` gives, for the forward alone; not kept after it.
 
     Differentiable in the inputs and m. The sum and the gain are float32 and only y is rounded, so

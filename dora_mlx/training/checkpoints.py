@@ -134,7 +134,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Path]]
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps that ``folder`` has a checkpoint of, ascending."""
+    """The steps that a run keeps a checkpoint of, ascending; ``folder`` is its ``checkpoints``."""
     return sorted(step_of(path) for path in checkpoints_newest_first(folder))
 
 

@@ -79,7 +79,10 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
 
     Args:
         logits: ``[n, vocabulary]`` float32.
-        targets: ``[n]``.
+        targets: ``[n]``, indices into the vocabulary.
+
+    Returns:
+        A float32 scalar, and ``[n, vocabulary]`` float32.
     """
     largest = logits.max(axis=-1, keepdims=True)
     powers = mx.power(math.e, logits - largest)

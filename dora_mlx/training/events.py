@@ -85,6 +85,9 @@ class EventLog:
 class EventReader:
     """Reads the events of a run that may still be going on, only the new ones at each look.
 
+    Args:
+        folder: The run's; it need not be there yet.
+
     Attributes:
         events: The events as the training went, without what a resume undid: a resumed run goes
             on from its checkpoint, and what was recorded behind that step happens again.
@@ -134,7 +137,7 @@ class EventReader:
 
 
 def read_events(folder: Path) -> list[Event]:
-    """The events of the run in ``folder`` so far, as ``EventReader`` gives them."""
+    """The events so far of the run in ``folder``, as ``EventReader`` gives them; maybe none."""
     reader = EventReader(folder)
     reader.update()
     return reader.events

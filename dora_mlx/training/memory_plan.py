@@ -32,7 +32,12 @@ _SHORTEST_WINDOW = 256
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for: bytes that MLX may hold, and whether it runs on the CPU."""
+    """What a run is planned for.
+
+    Attributes:
+        limit: Bytes that MLX may hold.
+        cpu: Whether MLX runs on the CPU.
+    """
 
     limit: int
     cpu: bool
@@ -44,7 +49,7 @@ class Machine:
 
     @classmethod
     def mac(cls, gigabytes: float) -> "Machine":
-        """A Mac sold with so much memory.
+        """A Mac sold with so many gigabytes, of 2^30 bytes each.
 
         Metal recommends a GPU to work with two thirds of it up to 36 GB, and three quarters above.
         """
@@ -83,7 +88,16 @@ def plan_memory(
 def fit_to_memory(
     config: TrainConfig, *, machine: Machine | None = None, thorough: bool = False
 ) -> FittedPlan:
-    """The options changed as little as it takes to fit: see ``fit``; arguments as above."""
+    """The options changed as little as it takes to fit; ``fit`` says in which order.
+
+    Args:
+        config: The options.
+        machine: What they have to fit. Default: this machine.
+        thorough: As for ``plan_memory``.
+
+    Raises:
+        UserError: As ``plan_memory`` does, or if not even one short example fits.
+    """
     facts = find_facts(config.model, ask_hub=thorough)
     return fit(config, facts, _examples(config, facts, thorough), machine)
 

@@ -29,7 +29,7 @@ class Number:
 class Architecture:
     """How one ``model_type`` of ``config.json`` is written.
 
-    Args:
+    Attributes:
         arch: The architecture in llama.cpp.
         permuted: llama.cpp rotates neighbouring channels of a head where the checkpoint rotates
             its two halves, so the rows of queries and keys are reordered.

@@ -60,6 +60,9 @@ def encode_q4_1(levels: mx.array, scales: mx.array, biases: mx.array) -> NDArray
         levels: ``[..., in / 8]`` uint32, eight levels a word.
         scales: ``[..., in / group_size]``.
         biases: Like ``scales``.
+
+    Returns:
+        ``[blocks, 20]``: scale and bias in float16, then 32 levels.
     """
     words = np.array(levels).reshape(-1).view(np.uint8).reshape(-1, _Q4_1_WIDTH // 2)
     # A byte holds neighbours here, and weights 16 apart there.

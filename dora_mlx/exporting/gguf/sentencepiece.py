@@ -12,6 +12,7 @@ from dora_mlx.errors import UserError
 from dora_mlx.exporting.gguf.tokens import steps_of
 
 _SPACE = "\u2581"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 # A piece that no merge makes comes after all that one does.
 _UNMERGED = -1e6
 
@@ -71,9 +72,6 @@ def check_bytes(tokens: list[str]) -> None:
             f"tokenizer.json lacks {len(missing)} of the 256 byte tokens ({min(missing)} for "
             "one), which llama.cpp cannot do without. Repair the tokenizer."
         )
-
-
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 
 
 def _is_metaspace(part: dict[str, Any]) -> bool:

@@ -12,8 +12,6 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _STRIPPING = ("lstrip", "rstrip", "single_word")
 # Added tokens of Phi-3 after which llama.cpp keeps spaces; it removes them after all others.
 _PHI3_KEEPING = {"<unk>", "<s>", "<|endoftext|>"}
-
-
 # The parts of a tokenizer.json that may be sequences, and what holds their steps then.
 _CHILDREN = {
     "normalizer": "normalizers",

@@ -1,7 +1,8 @@
 """A tokenizer's files as the arrays and ids that a GGUF file holds.
 
 Everything is read from ``tokenizer.json``, which has all tokens in every version of Transformers,
-and from ``tokenizer_config.json``, ``generation_config.json`` and ``chat_template.jinja``.
+and from ``tokenizer_config.json``, ``generation_config.json``, ``config.json`` (which tokens end a
+text) and ``chat_template.jinja``.
 """
 
 from dataclasses import dataclass

@@ -88,7 +88,11 @@ def check_gguf_base(base_dir: Path, quant: str = "f16", pre: str | None = None) 
 
 
 def gguf_size(weights: Weights, base_dir: Path, quant: str, pre: str | None = None) -> int:
-    """About the size in bytes of the file that ``write_gguf`` would write."""
+    """About the size in bytes of the file that ``write_gguf`` would write.
+
+    Raises:
+        UserError: When this model cannot be exported.
+    """
     plan = plan_file(base_dir, weights, quant)
     return plan.data_bytes() + _metadata_bytes(read_vocabulary(base_dir, plan.rows(), pre), plan)
 
