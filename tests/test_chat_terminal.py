@@ -37,6 +37,15 @@ class Terminal:
     def type(self, keys):
         os.write(self._end, keys)
 
+    def type_until_answered(self, keys):
+        """Type the keys, and again if nothing is shown, as a person would.
+
+        Python's input() overlooks a signal between its prompt and its first wait for a key.
+        """
+        self.type(keys)
+        while not select.select([self._end], [], [], 5)[0]:
+            self.type(keys)
+
     def read_until(self, text):
         """What is shown up to ``text`` and with it."""
         shown = b""
@@ -71,7 +80,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
         chat.read_until(b" ...\r\n")
         chat.read_until(b"> ")
     # With no answer to stop, it says how to end.
-    chat.type(CTRL_C)
+    chat.type_until_answered(CTRL_C)
     chat.read_until(b"Ctrl-D ends the chat.\r\n")
     chat.read_until(b"> ")
     chat.type(CTRL_D)
