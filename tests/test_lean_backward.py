@@ -90,6 +90,26 @@ def test_gradients_of_whole_models_are_those_of_autodiff(name, monkeypatch):
             assert mx.abs(gradient - actual[key]).max().item() <= tolerance, key
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_dropout_of_a_checkpointed_block_is_the_same_when_it_is_computed_again(lean):
+    model = nn.Module()
+    model.layers = [nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Dropout(0.5))]
+    x = mx.random.normal((4, 8))
+
+    def loss(model):
+        # Linear in the weight, so its product with the gradient is the loss; b is zero.
+        return model.layers[0](x).sum()
+
+    model.layers[0].layers[0].bias = mx.zeros(8)
+    with lean_backward() if lean else nullcontext(), checkpointed_blocks(model):
+        values = [nn.value_and_grad(model, loss)(model) for _ in range(2)]
+    weight = model.layers[0].layers[0].weight
+    for value, found in values:
+        gradient = found["layers"][0]["layers"][0]["weight"]
+        assert mx.allclose((gradient * weight).sum(), value, atol=1e-5)
+    assert values[0][0].item() != values[1][0].item()
+
+
 def test_a_block_that_is_not_understood_takes_the_plain_path():
     class Other(nn.Module):
         """Attention and activation by its own operations."""

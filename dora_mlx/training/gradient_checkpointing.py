@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from dora_mlx.kernels.recomputation import recomputed
+from dora_mlx.training.substitutes import standing_in
+
+_bernoulli = mx.random.bernoulli
 
 
 @contextmanager
@@ -36,11 +40,29 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a block's class whose call is checkpointed."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def forward(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        def forward(parameters: dict[str, Any], key: mx.array, *args: Any, **kwargs: Any) -> Any:
             # Gradients flow to what is passed in, not to what the module holds.
             self.update(parameters)
-            return original.__call__(self, *args, **kwargs)
+            with _drawing_from(mx.stop_gradient(key)):
+                return original.__call__(self, *args, **kwargs)
 
-        return recomputed(forward)(self.trainable_parameters(), *args, **kwargs)
+        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+        return recomputed(forward)(self.trainable_parameters(), key, *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call})
+
+
+@contextmanager
+def _drawing_from(key: mx.array) -> Iterator[None]:
+    """Within the block, dropout draws what ``key`` says: the same whenever it is computed again.
+
+    Its gradient would else be that of another mask than the loss has.
+    """
+
+    def draw(p: Any, shape: Any) -> mx.array:
+        nonlocal key
+        key, own = mx.random.split(key)
+        return _bernoulli(p, shape, key=own)
+
+    with standing_in(mx.random, {"bernoulli": draw}):
+        yield
