@@ -93,12 +93,14 @@ class Worker:
         if self._closed:
             raise UserError("The app is ending.")
         if self._process is None or not self._process.is_alive():
-            self._pipe, inner = _PROCESSES.Pipe()
-            self._process = _PROCESSES.Process(
+            pipe, inner = _PROCESSES.Pipe()
+            process = _PROCESSES.Process(
                 target=_serve, args=(inner,), name=f"dora-{self._name}", daemon=True
             )
-            self._process.start()
+            process.start()
             inner.close()
+            # Not before: a process that has not begun cannot be ended by another thread.
+            self._process, self._pipe = process, pipe
         self._pipe_or_fail().send((kind, function, arguments))
 
     def _answer(self) -> tuple[str, Any]:
