@@ -1,5 +1,6 @@
 """The choice of a trained run and of its states, the same on every tab that needs one."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,9 +42,9 @@ def step_of(state: str | None) -> int | None:
     """
     if state == _BEST:
         return None
-    if not (state or "").isdecimal():
-        raise UserError(f"A run has no state {state!r}; choose one from the list.")
-    return int(state or 0)
+    if state is None or not re.fullmatch(r"[0-9]{1,12}", state):
+        raise UserError("A run has no such state; choose one from the list.")
+    return int(state)
 
 
 def no_run(elem_id: str, what_for: str) -> gr.HTML:

@@ -249,7 +249,7 @@ def find_run(name: str, runs_dir: Path) -> RunFolder:
         UserError: If there is none; the message names those there are.
     """
     path = runs_dir / name
-    if (path / "config.json").is_file() and is_run_name(name):
+    if is_run_name(name) and (path / "config.json").is_file():
         return RunFolder(path)
     runs = sorted((p.parent for p in runs_dir.glob("*/config.json")), key=_age)
     known = ", ".join(run.name for run in runs[:8])

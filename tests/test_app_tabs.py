@@ -17,6 +17,7 @@ from gradio.state_holder import SessionState
 from app import work
 from app.connect import connect
 from app.exports import Exports
+from app.run_picker import step_of
 from app.sampling import sampling_from
 from app.uploads import keep_upload, uploaded_file, uploads
 from app.views import changes, chat, data, export
@@ -90,6 +91,18 @@ def test_choice_that_has_just_gone_from_its_list_gets_a_note(runs_dir):
         unchanged, said = shown_for(*sent)
         assert "value" not in unchanged
         assert problem in said
+
+
+@pytest.mark.parametrize("name", ["../small", "x" * 300, "a\0b", ""])
+def test_no_run_has_such_a_name(name, runs_dir):
+    with pytest.raises(UserError, match="There is no run"):
+        find_run(name, runs_dir)
+
+
+@pytest.mark.parametrize("state", [None, "", "\u0663", "9" * 5000, "../1"])
+def test_no_run_has_such_a_state(state):
+    with pytest.raises(UserError, match="no such state"):
+        step_of(state)
 
 
 def test_server_never_loads_mlx(run, tmp_path):
