@@ -294,23 +294,6 @@ def test_product_with_a_recipe_has_the_gradients_of_a_product(dtype):
     assert not recomputation._recipes
 
 
-def test_an_array_that_two_layers_take_is_computed_again_once():
-    x, followed = mx.ones((3, 4)), []
-
-    def again(x):
-        followed.append(x)
-        return 2 * x
-
-    def loss(a, b):
-        doubled = remembered(lambda x: 2 * x, again)(x)
-        return (product(doubled, a) + product(doubled, b)).sum()
-
-    gradients = mx.grad(loss, argnums=(0, 1))(mx.ones((4, 5)), mx.ones((4, 5)))
-    assert len(followed) == 1
-    for gradient in gradients:
-        assert mx.array_equal(gradient, mx.full((4, 5), 6.0))
-
-
 def test_everything_is_put_back():
     from mlx_lm.models import activations, llama
 

@@ -47,19 +47,9 @@ def remembered(
 
 
 def remember(result: mx.array, recipe: Recipe) -> mx.array:
-    """``result``, which ``recipe_of`` knows for as long as anything in Python refers to it.
-
-    A backward follows the recipe once: layers that take the same array, such as the projections of
-    an attention, come one after the other. What it gave goes with the graph of the forward.
-    """
-    key, given = id(result), list[mx.array]()
-
-    def once(cotangent: mx.array) -> mx.array:
-        if not given:
-            given.append(recipe(cotangent))
-        return given[0]
-
-    _recipes[key] = weakref.ref(result, lambda _: _recipes.pop(key, None)), once
+    """``result``, which ``recipe_of`` knows for as long as anything in Python refers to it."""
+    key = id(result)
+    _recipes[key] = weakref.ref(result, lambda _: _recipes.pop(key, None)), recipe
     return result
 
 
