@@ -199,6 +199,14 @@ def test_graph_of_custom_gradients_is_what_autodiff_would_build():
     assert 256 <= peak_of(graph).total <= 4 * 256
 
 
+def test_random_numbers_of_a_graph_are_as_if_not_drawn():
+    # A key that hangs on what is never computed is some operations deeper after every plan, and
+    # MLX walks along them with its stack.
+    mx.random.seed((7 << 32) + 5)
+    trace(lambda x: [mx.random.bernoulli(0.5, x.shape) * x], [mx.zeros(3)])
+    assert mx.random.state[0].tolist() == [7, 5]
+
+
 # Plans of quantized experts ended with a mismatch of shapes: a norm that is computed once in a
 # step calls a function with a gradient of its own, the first time and no other.
 @pytest.mark.parametrize("rows", [4, 8], ids=["other shape", "same shape"])

@@ -6,7 +6,7 @@ arXiv 1604.06174).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -40,16 +40,25 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a block's class whose call is checkpointed."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def forward(parameters: dict[str, Any], key: mx.array, *args: Any, **kwargs: Any) -> Any:
+        def forward(
+            parameters: dict[str, Any], key: mx.array | None, *args: Any, **kwargs: Any
+        ) -> Any:
             # Gradients flow to what is passed in, not to what the module holds.
             self.update(parameters)
-            with _drawing_from(mx.stop_gradient(key)):
+            with nullcontext() if key is None else _drawing_from(mx.stop_gradient(key)):
                 return original.__call__(self, *args, **kwargs)
 
-        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+        key = None
+        if _drops_out(self):
+            key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
         return recomputed(forward)(self.trainable_parameters(), key, *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call})
+
+
+def _drops_out(block: nn.Module) -> bool:
+    # The name is MLX's, for the probability to keep a value.
+    return any(isinstance(module, nn.Dropout) and module._p_1 < 1 for module in block.modules())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -73,9 +73,22 @@ def trace(function: Callable[..., Arrays], arguments: Sequence[mx.array]) -> Gra
         outputs = len(results)
         return [*results, *(array for _, array in tracer.resolved)]
 
-    with tracer.installed():
+    with tracer.installed(), _random_state_kept():
         mx.export_function(items.append, traced, *arguments)
     return _graph(items, outputs, [mark for mark, _ in tracer.resolved])
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Random numbers drawn in the block are as if they had not been.
+
+    MLX would go on from a key that is never computed, and is one more operation away each time.
+    """
+    high, low = cast(Any, mx.random.state)[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
 
 
 def _graph(items: list[dict[str, Any]], outputs: int, marks: list[int]) -> Graph:
