@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from adapted_layers import gradients
 
 from dora_mlx.layers import (
     DoRAConv2d,
@@ -57,22 +58,6 @@ def assert_close(actual, expected, name):
     assert error <= TOLERANCE * np.abs(expected).max(), f"{name}: {error}"
 
 
-def gradients(layer, objective, x=None):
-    """Gradients of ``objective(layer, x)`` by parameter name, and of ``x``."""
-
-    def loss(parameters, x):
-        layer.update(parameters)
-        return objective(layer, x)
-
-    parameters = layer.trainable_parameters()
-    if x is None:
-        found = mx.grad(lambda parameters: loss(parameters, None))(parameters)
-    else:
-        found, found["x"] = mx.grad(loss, argnums=(0, 1))(parameters, x)
-    layer.update(parameters)
-    return found
-
-
 @pytest.mark.parametrize("dora", [True, False])
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -95,7 +80,7 @@ def test_linear(dora, rslora, bias):
     (y * d).sum().backward()
     own_x, own_d = mx.array(x.detach().numpy()), mx.array(d.numpy())
     assert_close(layer(own_x), y, "y")
-    own = gradients(layer, lambda layer, x: (layer(x) * own_d).sum(), own_x)
+    own = gradients(layer, lambda x: (layer(x) * own_d).sum(), own_x)
     assert_close(own["x"], x.grad, "x")
     assert_close(own["lora_a"], a.grad.T, "lora_a")
     assert_close(own["lora_b"], b.grad.T, "lora_b")
@@ -127,7 +112,7 @@ def test_embedding(dora, rslora):
     (y * d).sum().backward()
     own_tokens, own_d = mx.array(tokens.numpy()), mx.array(d.numpy())
     assert_close(layer(own_tokens), y, "y")
-    own = gradients(layer, lambda layer, _: (layer(own_tokens) * own_d).sum())
+    own = gradients(layer, lambda _: (layer(own_tokens) * own_d).sum())
     assert_close(own["lora_a"], a.grad.T, "lora_a")
     assert_close(own["lora_b"], b.grad.T, "lora_b")
     if dora:
@@ -175,7 +160,7 @@ def test_convolution(dora, rslora, kernel, stride, padding, bias):
     own_x = mx.array(x.detach().numpy().transpose(0, 2, 3, 1))
     own_d = mx.array(d.numpy().transpose(0, 2, 3, 1))
     assert_close(layer(own_x), y.permute(0, 2, 3, 1), "y")
-    own = gradients(layer, lambda layer, x: (layer(x) * own_d).sum(), own_x)
+    own = gradients(layer, lambda x: (layer(x) * own_d).sum(), own_x)
     assert_close(own["x"], x.grad.permute(0, 2, 3, 1), "x")
     assert_close(own["lora_a"], as_lora_a(a.grad), "lora_a")
     assert_close(own["lora_b"], b.grad[:, :, 0, 0].T, "lora_b")
