@@ -34,16 +34,16 @@ class _AdaptedConvolution(LowRankLayer):
 
     def _terms(
         self, x: mx.array, low_rank: mx.array, lora_b: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    ) -> list[mx.array]:
         frozen = frozen_convolution(x, mx.stop_gradient(self.base.weight), self.base)
         mixing = (self.scale * lora_b).astype(x.dtype)
         if self.base.groups == 1:
-            return frozen, low_rank @ mixing
+            return [frozen, low_rank @ mixing]
         rank, groups = lora_b.shape[0], self.base.groups
         # [groups, rank, out / groups] against [..., groups, 1, rank]
         mixing = mixing.reshape(rank, groups, -1).swapaxes(0, 1)
         grouped = low_rank.reshape(*low_rank.shape[:-1], groups, 1, rank)
-        return frozen, (grouped @ mixing).reshape(frozen.shape)
+        return [frozen, (grouped @ mixing).reshape(frozen.shape)]
 
 
 class LoRAConv1d(LoRA, _AdaptedConvolution):

@@ -10,6 +10,7 @@ paper's column norm in MLX's weight layout) and gets no gradient (section 4.3).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import cast
 
 import mlx.core as mx
@@ -37,14 +38,14 @@ def dora_product(
     experts: mx.array | None = None,
     forward: Terms | None = None,
 ) -> mx.array:
-    """``m / norm * (frozen + update)``: ``[..., out]`` in the dtype of ``frozen``.
+    """``m / norm * (x W^T + s (x A) B)``: ``[..., out]`` in the dtype of the terms.
 
     Args:
-        terms: Gives ``frozen`` (x W^T) and ``update`` (s (x A) B), each linear in every input.
+        terms: Gives x W^T and s (x A) B, or their sum; linear in every input.
         inputs: What ``terms`` takes.
         magnitude: m ``[out]``, or ``[experts, out]``, float32.
         norm: ``||W + s (A B)^T||``, float32 and shaped as m; a constant here.
-        bias: The bias ``[out]`` that ``frozen`` contains, which is not to be scaled.
+        bias: The bias ``[out]`` that ``terms`` contains, which is not to be scaled.
         experts: Which row of m each ``[1, out]`` of the output takes: indices ``[...]``.
         forward: Another way to what ``terms`` gives, for the forward alone; not kept after it.
 
@@ -57,7 +58,7 @@ def dora_product(
 
     @mx.custom_function
     def product(magnitude: mx.array, *inputs: mx.array) -> mx.array:
-        return _with_gain(*forward(*inputs), _gain(magnitude, norm, experts), bias)
+        return _with_gain(forward(*inputs), _gain(magnitude, norm, experts), bias)
 
     @product.vjp
     def product_vjp(
@@ -71,7 +72,7 @@ def dora_product(
             d_direction, d_magnitude = expert_gain_backward(
                 cotangent, scaled, magnitude, norm, experts
             )
-        _, d_inputs = mx.vjp(terms, own_inputs, [d_direction, d_direction])
+        _, d_inputs = mx.vjp(lambda *given: _sum(terms(*given)), own_inputs, [d_direction])
         # All together: a backward goes on with the gradients of inputs, and what those of
         # parameters need would be kept until it comes to them.
         gradients = [d_magnitude, *d_inputs]
@@ -85,27 +86,27 @@ def _gain(magnitude: mx.array, norm: mx.array, experts: mx.array | None) -> mx.a
     return gain if experts is None else gain[experts][..., None, :]
 
 
-def _with_gain(
-    frozen: mx.array, update: mx.array, gain: mx.array, bias: mx.array | None
-) -> mx.array:
+def _with_gain(terms: list[mx.array], gain: mx.array, bias: mx.array | None) -> mx.array:
     # Elementwise and in one pass where that needs no C++ compiler at run time.
     apply = _apply_gain if on_cpu() else _fused_apply_gain
-    return apply(frozen, update, gain, bias)
+    return apply(terms, gain, bias)
 
 
-def _apply_gain(
-    frozen: mx.array, update: mx.array, gain: mx.array, bias: mx.array | None
-) -> mx.array:
+def _apply_gain(terms: list[mx.array], gain: mx.array, bias: mx.array | None) -> mx.array:
     # In this order y gets the strides of what the base computes, and the layers that follow round
     # as they do after the base: MLX chooses a product by the strides even of an axis of length 1.
-    y = (frozen.astype(mx.float32) + update.astype(mx.float32)) * gain
+    y = _sum([term.astype(mx.float32) for term in terms]) * gain
     if bias is not None:
         # With a gain of 1 this adds zero, and y is what the base computes, bit for bit.
         y = y + (1 - gain) * bias
-    return y.astype(frozen.dtype)
+    return y.astype(terms[0].dtype)
 
 
 _fused_apply_gain = mx.compile(_apply_gain)
+
+
+def _sum(terms: list[mx.array]) -> mx.array:
+    return reduce(mx.add, terms)
 
 
 @dataclass
@@ -202,7 +203,7 @@ class DoRA(LowRankLayer):
             return dora_product(terms, inputs, self.magnitude, self.norm(), bias, experts)
         # The same without what spares memory in a backward: a token at a time, it would be felt.
         gain = _gain(self.magnitude, self.norm(), experts)
-        return _with_gain(*terms(*inputs), gain, bias)
+        return _with_gain(terms(*inputs), gain, bias)
 
     def _merged_gain(self) -> mx.array | None:
         (norm,) = safe_norms([(self._adapted_norm(), self._update())])

@@ -33,10 +33,10 @@ class _AdaptedEmbedding(LowRankLayer):
     def __call__(self, tokens: mx.array) -> mx.array:
         """``[...] -> [..., dims]`` in the dtype of the base."""
 
-        def terms(low_rank: mx.array, lora_b: mx.array) -> tuple[mx.array, mx.array]:
+        def terms(low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
             frozen = mx.stop_gradient(self.base(tokens))
             update = low_rank.astype(frozen.dtype) @ (self.scale * lora_b).astype(frozen.dtype)
-            return frozen, update
+            return [frozen, update]
 
         return self._combine(terms, (self.lora_a[tokens], self.lora_b))
 

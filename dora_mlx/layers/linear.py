@@ -31,20 +31,22 @@ class _AdaptedLinear(LowRankLayer):
         y = self._combine(self._terms, (x, low_rank, self.lora_b))
         return y if bias is None else y + bias
 
-    def _terms(
-        self, x: mx.array, low_rank: mx.array, lora_b: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        return frozen_product(x, self.base), self._mixed(low_rank, lora_b)
+    def _terms(self, x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
+        return self._with_update(frozen_product(x, self.base), low_rank, lora_b)
 
-    def _terms_with_bias(
-        self, x: mx.array, low_rank: mx.array, lora_b: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def _terms_with_bias(self, x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
         weight, bias = mx.stop_gradient(self.base.weight), mx.stop_gradient(self.base.bias)
-        return mx.addmm(bias, x, weight.T), self._mixed(low_rank, lora_b)
+        return self._with_update(mx.addmm(bias, x, weight.T), low_rank, lora_b)
 
-    def _mixed(self, low_rank: mx.array, lora_b: mx.array) -> mx.array:
-        """``s (x A) B`` of x A."""
-        return low_rank @ (self.scale * lora_b).astype(low_rank.dtype)
+    def _with_update(
+        self, frozen: mx.array, low_rank: mx.array, lora_b: mx.array
+    ) -> list[mx.array]:
+        """``frozen`` and ``s (x A) B`` of x A."""
+        mixing = (self.scale * lora_b).astype(low_rank.dtype)
+        if frozen.dtype == mx.float32:
+            # Added in place. In 16 bits this would round the sum before the gain.
+            return [mx.addmm(frozen, low_rank, mixing)]
+        return [frozen, low_rank @ mixing]
 
 
 class LoRALinear(LoRA, _AdaptedLinear):
@@ -74,7 +76,7 @@ class DoRALinear(DoRA, _AdaptedLinear):
         reading = SharedReading(self.base, update.a)
         norm = self._keep(self._adapted_norm().factored(update, reading.constant_product.T))
 
-        def forward(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> tuple[mx.array, mx.array]:
-            return reading.product(x), self._mixed(low_rank, lora_b)
+        def forward(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
+            return self._with_update(reading.product(x), low_rank, lora_b)
 
         return dora_product(terms, inputs, self.magnitude, norm, forward=forward)

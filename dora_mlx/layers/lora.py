@@ -10,6 +10,7 @@ in ``dora.py`` add how the two are combined. A layer such as ``DoRAConv2d`` is o
 """
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -27,9 +28,9 @@ from dora_mlx.kernels.row_norm import Update, updated_rows
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# From the differentiable inputs of a layer to what its base and its update make of them, both
-# ``[..., out]`` in the dtype of the activations.
-Terms = Callable[..., tuple[mx.array, mx.array]]
+# From the differentiable inputs of a layer to what its base and its update make of them: both, or
+# their sum, ``[..., out]`` in the dtype of the activations.
+Terms = Callable[..., list[mx.array]]
 
 
 class LowRankLayer(nn.Module):
@@ -124,8 +125,7 @@ class LoRA(LowRankLayer):
         bias: mx.array | None = None,
         experts: mx.array | None = None,
     ) -> mx.array:
-        frozen, update = terms(*inputs)
-        return frozen + update
+        return reduce(mx.add, terms(*inputs))
 
 
 def uniform(inputs: int, shape: tuple[int, ...]) -> mx.array:

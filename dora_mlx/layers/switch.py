@@ -41,9 +41,9 @@ class _AdaptedSwitchLinear(LowRankLayer):
                 sorted_indices=sorted_indices,
             ).astype(x.dtype)
 
-        def terms(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> tuple[mx.array, mx.array]:
+        def terms(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
             frozen = gathered_product(x, self.base, indices, sorted_indices)
-            return frozen, gathered(low_rank, self.scale * lora_b)
+            return [frozen, gathered(low_rank, self.scale * lora_b)]
 
         low_rank = gathered(self.dropout(x), self.lora_a)
         y = self._combine(terms, (x, low_rank, self.lora_b), experts=indices)
