@@ -34,7 +34,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from dora_mlx.adapters.attach import attach
 from dora_mlx.data.batches import Batch
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.layers import hoisted_norms
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.lean_backward import lean_backward

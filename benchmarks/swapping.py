@@ -22,7 +22,7 @@ from mlx_lm.models import llama
 from dora_mlx.adapters.attach import attach
 from dora_mlx.adapters.stored import StoredAdapter
 from dora_mlx.adapters.swapping import SwappableModel
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.loading import LoadedModel
 
 SHAPE = {

@@ -35,7 +35,7 @@ from dora_mlx.adapters.attach import attach
 from dora_mlx.config import TrainConfig
 from dora_mlx.data.batches import BatchStream
 from dora_mlx.data.examples import Example
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.training.events import EventLog
 from dora_mlx.training.loop import Trainer
 from dora_mlx.training.workers import Workers

@@ -293,7 +293,7 @@ def _build(path: Path, overrides: Config) -> tuple[Any, Config]:
 def _make_ready(model: Any) -> None:
     import mlx.core as mx
 
-    from dora_mlx.kernels.frozen_product import use_blocked_products
+    from dora_mlx.kernels.blocked_layers import use_blocked_products
 
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)

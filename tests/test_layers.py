@@ -7,11 +7,12 @@ import pytest
 from float64 import as64
 from mlx.utils import tree_flatten
 
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.kernels.frozen_product import (
     frozen_product,
     frozen_product_transposed,
     parameter_count,
-    use_blocked_products,
+    takes_gain,
     weight_rows,
     weight_shape,
 )
@@ -237,6 +238,30 @@ def test_blocked_products_equal_mlx_quantized_products(mode, bits, group, monkey
         d, base.weight, base.scales, base.get("biases"), False, group, bits, mode
     )
     assert mx.allclose(frozen_product_transposed(d, base), stock, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_a_gain_of_the_weight_is_one_of_the_outputs(bits, monkeypatch):
+    # Blocks of 4 rows: 10 rows leave a last block that is not full.
+    monkeypatch.setattr("dora_mlx.kernels.frozen_product.BLOCK_VALUES", 4 * 64)
+    base = nn.Linear(64, 10).to_quantized(32, bits)
+    x, gain = mx.random.normal((2, 5, 64)), mx.random.uniform(0.5, 2, (10,))
+    d = mx.random.normal((2, 5, 10))
+    assert takes_gain(x, base)
+    ours, (d_ours,) = mx.vjp(lambda x: frozen_product(x, base, gain), [x], [d])
+    plain, (d_plain,) = mx.vjp(lambda x: gain * frozen_product(x, base), [x], [d])
+    assert mx.allclose(ours[0], plain[0], atol=1e-5)
+    assert mx.allclose(d_ours, d_plain, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode"), [(mx.bfloat16, "affine"), (mx.float32, "mxfp4"), (mx.float32, None)]
+)
+def test_what_would_round_or_read_more_takes_no_gain(dtype, mode):
+    base = nn.Linear(64, 10)
+    if mode is not None:
+        base = base.to_quantized(32, 4, mode=mode)
+    assert not takes_gain(mx.zeros((2, 5, 64), dtype), base)
 
 
 def test_only_the_adapter_is_trainable_and_dropout_stops_in_evaluation():

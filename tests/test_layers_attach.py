@@ -12,7 +12,7 @@ from dora_mlx.adapters.adapter_folder import save_adapter
 from dora_mlx.adapters.attach import adapted_layers, adapters_disabled, attach
 from dora_mlx.adapters.reading import load_adapter
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.layers import (
     DoRAEmbedding,
     DoRALinear,

@@ -11,7 +11,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding as MlxLoRAEmbedding
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.layers import (
     DoRAConv1d,
     DoRAConv2d,

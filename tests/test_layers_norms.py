@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.trainer import grad_checkpoint
 
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.kernels.row_norm import RowNorm
 from dora_mlx.layers import DoRAConv2d, DoRAEmbedding, DoRALinear, DoRASwitchLinear, hoisted_norms
 

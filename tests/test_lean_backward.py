@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from dora_mlx.adapters.attach import attach
 from dora_mlx.kernels import recomputation
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.kernels.recomputation import product, recomputed, remembered
 from dora_mlx.layers import DoRALinear, hoisted_norms
 from dora_mlx.training import dear_exponentials
@@ -63,6 +63,10 @@ def tiny(name, **sizes):
             layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
     mx.eval(model.parameters())
     return model
+
+
+def plain_product(x, a):
+    return x @ a, x
 
 
 def gradients(model, tokens):
@@ -192,7 +196,7 @@ def test_a_deep_model_trains_in_far_less_memory(monkeypatch):
     with lean_backward():
         lean = peak()
         # With the inputs of layers kept, as autodiff keeps them.
-        monkeypatch.setattr("dora_mlx.layers.linear.product", mx.matmul)
+        monkeypatch.setattr("dora_mlx.layers.linear.product", plain_product)
         keeping = peak()
     print(lean / plain, lean / keeping)
     assert lean < 0.5 * plain
@@ -272,24 +276,26 @@ def test_a_backward_goes_on_when_it_has_the_gradients_of_an_adapter():
         assert all(node in earlier for node in work)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_product_with_a_recipe_has_the_gradients_of_a_product(dtype):
+# In 16 bits ours rounds the sum of both gradients of x, and a plain one each of them too.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 1e-6), (mx.bfloat16, 2**-7)])
+def test_product_with_a_recipe_has_the_gradients_of_a_product(dtype, tolerance):
     mx.random.seed(0)
     x, weight = mx.random.normal((2, 7, 16)).astype(dtype), mx.random.normal((16,)).astype(dtype)
     a = mx.random.normal((16, 3)).astype(dtype)
-    cotangent = mx.random.normal((2, 7, 3)).astype(dtype)
+    cotangents = mx.random.normal((2, 7, 3)).astype(dtype), mx.random.normal(x.shape).astype(dtype)
     norm = remembered(mx.fast.rms_norm)
 
     def through(multiply):
         def objective(x, a):
             # A recipe of a recipe: the second norm's input is a norm's result as well.
-            return (multiply(norm(norm(x, weight, 1e-5), weight, 1e-5), a) * cotangent).sum()
+            results = multiply(norm(norm(x, weight, 1e-5), weight, 1e-5), a)
+            return sum((own * d).sum() for own, d in zip(results, cotangents, strict=True))
 
         return mx.grad(objective, argnums=(0, 1))(x, a)
 
-    for ours, theirs in zip(through(product), through(mx.matmul), strict=True):
+    for ours, theirs in zip(through(product), through(plain_product), strict=True):
         assert ours.dtype == dtype
-        assert mx.allclose(ours, theirs, rtol=1e-5)
+        assert mx.abs(ours - theirs).max() <= tolerance * mx.abs(theirs).max()
     # Nothing is remembered of arrays that are gone.
     assert not recomputation._recipes
 

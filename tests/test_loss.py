@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from dora_mlx.adapters.attach import attach
 from dora_mlx.data.batches import Batch
-from dora_mlx.kernels.frozen_product import use_blocked_products
+from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.training.loss import ChunkedLoss, best_loss, plain_loss_sum
 
 SIZES = {

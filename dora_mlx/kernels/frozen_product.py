@@ -79,17 +79,27 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def weight_rows(
-    base: nn.Module, start: int, stop: int, dtype: mx.Dtype, after: mx.array | None = None
+    base: nn.Module,
+    start: int,
+    stop: int,
+    dtype: mx.Dtype,
+    after: mx.array | None = None,
+    gain: mx.array | None = None,
 ) -> mx.array:
     """Rows ``start`` to ``stop`` of W, dequantized: ``[stop - start, width]`` of ``dtype``.
 
-    They are not computed before ``after`` is.
+    They are not computed before ``after`` is. Each is multiplied by its element of ``gain``
+    ``[out]``, if given, for which ``takes_gain`` must hold.
     """
-    return chosen_rows(base, slice(start, stop), dtype, after)
+    return chosen_rows(base, slice(start, stop), dtype, after, gain)
 
 
 def chosen_rows(
-    base: nn.Module, chosen: slice | mx.array, dtype: mx.Dtype, after: mx.array | None = None
+    base: nn.Module,
+    chosen: slice | mx.array,
+    dtype: mx.Dtype,
+    after: mx.array | None = None,
+    gain: mx.array | None = None,
 ) -> mx.array:
     """The rows of W that a slice or an array of indices names, as ``weight_rows`` gives them."""
     rows, _ = row_shape(base)
@@ -98,16 +108,18 @@ def chosen_rows(
         own = base[name].reshape(rows, -1)[chosen]
         return own if after is None else mx.depends([own], [after])[0]
 
+    def factors(name: str) -> mx.array:
+        # In the type asked for: 16-bit scales would round every value of the row to 16 bits.
+        own = part(name).astype(dtype)
+        return own if gain is None else gain[chosen, None].astype(dtype) * own
+
     if not is_quantized(base):
         return part("weight").astype(dtype)
-    scales = part("scales")
-    if mx.issubdtype(scales.dtype, mx.floating):
-        # In the type asked for: 16-bit scales would round every value of the row to 16 bits.
-        scales = scales.astype(dtype)
+    affine = mx.issubdtype(base["scales"].dtype, mx.floating)
     values = mx.dequantize(
         part("weight"),
-        scales,
-        None if base.get("biases") is None else part("biases").astype(dtype),
+        factors("scales") if affine else part("scales"),
+        None if base.get("biases") is None else factors("biases"),
         group_size=base.group_size,
         bits=base.bits,
         mode=base.mode,
@@ -168,10 +180,15 @@ def _dense_twin(base: nn.Module) -> nn.Module:
     return twin
 
 
-def frozen_product(x: mx.array, base: nn.Module) -> mx.array:
+def frozen_product(x: mx.array, base: nn.Module, gain: mx.array | None = None) -> mx.array:
     """``x W^T``: ``[..., in] -> [..., out]`` in the dtype of x; differentiable in x only.
 
     With experts, each multiplies its own: ``[experts, rows, in] -> [experts, rows, out]``.
+
+    Args:
+        x: The input.
+        base: The layer that holds W.
+        gain: What every output is multiplied by: ``[out]``; only where ``takes_gain`` holds.
     """
     if not is_quantized(base):
         weight = mx.stop_gradient(base["weight"])
@@ -183,11 +200,11 @@ def frozen_product(x: mx.array, base: nn.Module) -> mx.array:
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:
-        return _blocked_product(x, base)
+        return _blocked_product(x, base, gain)
 
     @product.vjp
     def product_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        return _blocked_product_transposed(cotangent, base)
+        return _blocked_product_transposed(cotangent, base, gain)
 
     return cast(mx.array, product(x))
 
@@ -198,7 +215,7 @@ def frozen_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
         return d @ base["weight"]
     if not _in_blocks(d):
         return _quantized_product(d, base, transpose=False)
-    return _blocked_product_transposed(d, base)
+    return _blocked_product_transposed(d, base, None)
 
 
 class SharedReading:
@@ -245,6 +262,15 @@ def shares_reading(x: mx.array, base: nn.Module) -> bool:
     """
     packed = is_quantized(base) and len(weight_shape(base)) == 2
     return packed and _in_blocks(x) and x.dtype == mx.float32
+
+
+def takes_gain(x: mx.array, base: nn.Module) -> bool:
+    """Whether a product with W scales its outputs for less than a pass over them costs.
+
+    So it is where packed rows with floating scales are dequantized for it, for there is a scale for
+    32 values or more. In 16 bits the scales would be rounded once more.
+    """
+    return shares_reading(x, base) and mx.issubdtype(base["scales"].dtype, mx.floating)
 
 
 def frozen_convolution(x: mx.array, weight: mx.array, base: nn.Module) -> mx.array:
@@ -331,7 +357,7 @@ def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.arra
     )
 
 
-def _blocked_product(x: mx.array, base: nn.Module) -> mx.array:
+def _blocked_product(x: mx.array, base: nn.Module, gain: mx.array | None) -> mx.array:
     if _assumed_cpu.get():
         return _planned_product(x, base)
     columns: list[mx.array] = []
@@ -343,7 +369,7 @@ def _blocked_product(x: mx.array, base: nn.Module) -> mx.array:
         return mx.stack(columns)
     for start, stop in row_blocks(base):
         # One dequantized block at a time.
-        weight = weight_rows(base, start, stop, x.dtype, columns[-1] if columns else x)
+        weight = weight_rows(base, start, stop, x.dtype, columns[-1] if columns else x, gain)
         columns.append(x @ weight.T)
     return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
 
@@ -354,47 +380,14 @@ def _planned_product(x: mx.array, base: nn.Module) -> mx.array:
     return mx.concatenate([y[..., :1], y[..., 1:]], axis=-1)
 
 
-def _blocked_product_transposed(d: mx.array, base: nn.Module) -> mx.array:
+def _blocked_product_transposed(d: mx.array, base: nn.Module, gain: mx.array | None) -> mx.array:
     if _assumed_cpu.get():
         return _quantized_product(d, base, transpose=False)
     total: mx.array | None = None
     for start, stop in row_blocks(base):
         part = d[..., start:stop]
-        weight = weight_rows(base, start, stop, d.dtype, d if total is None else total)
+        weight = weight_rows(base, start, stop, d.dtype, d if total is None else total, gain)
         total = part @ weight if total is None else mx.addmm(total, part, weight)
     if total is None:
         raise ValueError("a weight with no rows has no product")
     return total
-
-
-class _BlockedProduct:
-    """Mixin for MLX's quantized layers: the same parameters, the product of this file."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = frozen_product(x, self)  # type: ignore[arg-type]
-        return y + self["bias"] if "bias" in self else y  # type: ignore[operator,index]
-
-
-class BlockedQuantizedLinear(_BlockedProduct, nn.QuantizedLinear):
-    """``nn.QuantizedLinear`` that multiplies with ``frozen_product``."""
-
-
-class BlockedQuantizedEmbedding(nn.QuantizedEmbedding):
-    """``nn.QuantizedEmbedding`` whose ``as_linear`` multiplies with ``frozen_product``."""
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """``x W^T``: ``[..., dims] -> [..., num_embeddings]``."""
-        return frozen_product(x, self)
-
-
-def use_blocked_products(model: nn.Module) -> None:
-    """Give every quantized layer of ``model`` the products of this file, in place.
-
-    Called once after loading on the CPU backend. Parameters, names and types as seen by
-    ``isinstance`` stay what they were, and base and adapted model keep using the same product.
-    """
-    for _, module in model.named_modules():
-        if type(module) is nn.QuantizedLinear:
-            module.__class__ = BlockedQuantizedLinear
-        elif type(module) is nn.QuantizedEmbedding:
-            module.__class__ = BlockedQuantizedEmbedding

@@ -103,11 +103,16 @@ def reference_gain_backward(
     cotangent: mx.array, y: mx.array, magnitude: mx.array, norm: mx.array
 ) -> tuple[mx.array, mx.array]:
     """``gain_backward`` in plain ops."""
-    products = cotangent.astype(mx.float32) * y.astype(mx.float32)
-    d_magnitude = _per_magnitude(products.reshape(-1, y.shape[-1]).sum(axis=0), magnitude)
+    d_magnitude = magnitude_gradient(cotangent, y, magnitude)
     # After that y is needed no more, and what follows may have its memory.
     (cotangent,) = mx.depends([cotangent], [d_magnitude])
     return ((magnitude / norm) * cotangent).astype(cotangent.dtype), d_magnitude
+
+
+def magnitude_gradient(cotangent: mx.array, y: mx.array, magnitude: mx.array) -> mx.array:
+    """The dL/dm of ``gain_backward`` alone, in plain ops."""
+    products = cotangent.astype(mx.float32) * y.astype(mx.float32)
+    return _per_magnitude(products.reshape(-1, y.shape[-1]).sum(axis=0), magnitude)
 
 
 def metal_gain_backward(

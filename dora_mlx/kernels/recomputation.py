@@ -123,19 +123,25 @@ def flattened(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any
     return leaves, rebuild
 
 
-def product(x: mx.array, a: mx.array) -> mx.array:
-    """``x @ a``: ``[..., in] x [in, out] -> [..., out]``; its backward follows the recipe of x."""
+def product(x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
+    """``x @ a``: ``[..., in] x [in, out] -> [..., out]``, and x for who else needs it.
+
+    The backward follows the recipe of x. To what the other makes of the second result the gradient
+    of x adds that of the product in place, where two uses of x would be two arrays and their sum.
+    """
     recipe, width = recipe_of(x), x.shape[-1]
 
     @mx.custom_function
-    def forward(x: mx.array, a: mx.array) -> mx.array:
-        return x @ a
+    def forward(x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
+        return x @ a, x
 
     @forward.vjp
     def backward(
-        primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+        primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], _: Any
     ) -> tuple[mx.array, mx.array]:
+        cotangent, others = cotangents
         rows = recipe(cotangent).reshape(-1, width)
-        return cotangent @ primals[1].T, rows.T @ cotangent.reshape(len(rows), -1)
+        d_x = mx.addmm(others, cotangent, primals[1].T)
+        return d_x, rows.T @ cotangent.reshape(len(rows), -1)
 
-    return cast(mx.array, forward(x, a))
+    return cast(tuple[mx.array, mx.array], forward(x, a))

@@ -32,9 +32,7 @@ class _AdaptedConvolution(LowRankLayer):
         y = self._combine(self._terms, (x, low_rank, self.lora_b))
         return y + self.base.bias if "bias" in self.base else y
 
-    def _terms(
-        self, x: mx.array, low_rank: mx.array, lora_b: mx.array
-    ) -> list[mx.array]:
+    def _terms(self, x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
         frozen = frozen_convolution(x, mx.stop_gradient(self.base.weight), self.base)
         mixing = (self.scale * lora_b).astype(x.dtype)
         if self.base.groups == 1:

@@ -7,7 +7,7 @@ as ``||W||_row``; s = alpha / rank. The norm runs over the input axis of each ou
 paper's column norm in MLX's weight layout) and gets no gradient (section 4.3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -17,7 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dora_mlx.kernels.frozen_product import on_cpu
-from dora_mlx.kernels.gain_backward import expert_gain_backward, gain_backward
+from dora_mlx.kernels.gain_backward import (
+    expert_gain_backward,
+    gain_backward,
+    magnitude_gradient,
+)
 from dora_mlx.kernels.row_norm import (
     AdaptedNorm,
     RowNorm,
@@ -37,6 +41,7 @@ def dora_product(
     bias: mx.array | None = None,
     experts: mx.array | None = None,
     forward: Terms | None = None,
+    backward: Callable[[mx.array], Terms] | None = None,
 ) -> mx.array:
     """``m / norm * (x W^T + s (x A) B)``: ``[..., out]`` in the dtype of the terms.
 
@@ -48,6 +53,8 @@ def dora_product(
         bias: The bias ``[out]`` that ``terms`` contains, which is not to be scaled.
         experts: Which row of m each ``[1, out]`` of the output takes: indices ``[...]``.
         forward: Another way to what ``terms`` gives, for the forward alone; not kept after it.
+        backward: Gives the terms times a gain ``[out]``, where that costs less than a gain of all
+            outputs; for the backward alone.
 
     Differentiable in the inputs and m. The sum and the gain are float32 and only y is rounded, so
     that a magnitude change of 0.1 % moves a bfloat16 output; rounded before the gain, it would
@@ -65,14 +72,19 @@ def dora_product(
         primals: tuple[mx.array, ...], cotangent: mx.array, y: mx.array
     ) -> tuple[mx.array, ...]:
         magnitude, *own_inputs = primals
-        scaled = y if bias is None else y - bias
-        if experts is None:
+        scaled, own_terms = y if bias is None else y - bias, terms
+        if backward is not None:
+            d_magnitude = magnitude_gradient(cotangent, scaled, magnitude)
+            # After that y is needed no more, and what follows may have its memory.
+            (d_direction,) = mx.depends([cotangent], [d_magnitude])
+            own_terms = backward(_gain(magnitude, norm, experts))
+        elif experts is None:
             d_direction, d_magnitude = gain_backward(cotangent, scaled, magnitude, norm)
         else:
             d_direction, d_magnitude = expert_gain_backward(
                 cotangent, scaled, magnitude, norm, experts
             )
-        _, d_inputs = mx.vjp(lambda *given: _sum(terms(*given)), own_inputs, [d_direction])
+        _, d_inputs = mx.vjp(lambda *given: _sum(own_terms(*given)), own_inputs, [d_direction])
         # All together: a backward goes on with the gradients of inputs, and what those of
         # parameters need would be kept until it comes to them.
         gradients = [d_magnitude, *d_inputs]

@@ -8,6 +8,7 @@ from dora_mlx.kernels.frozen_product import (
     frozen_product,
     is_quantized,
     shares_reading,
+    takes_gain,
     weight_shape,
 )
 from dora_mlx.kernels.recomputation import product
@@ -23,7 +24,9 @@ class _AdaptedLinear(LowRankLayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., in] -> [..., out]`` in the dtype of ``x``."""
-        low_rank = product(self.dropout(x), self.lora_a.astype(x.dtype))
+        dropped = self.dropout(x)
+        low_rank, same = product(dropped, self.lora_a.astype(x.dtype))
+        x = same if dropped is x else x
         bias = self.base.get("bias")
         if bias is not None and not is_quantized(self.base):
             # nn.Linear adds its bias inside of the product, which rounds differently.
@@ -69,9 +72,16 @@ class DoRALinear(DoRA, _AdaptedLinear):
         bias: mx.array | None = None,
         experts: mx.array | None = None,
     ) -> mx.array:
-        if self._known_norm() is not None or not shares_reading(inputs[0], self.base):
+        norm, forward = self._known_norm(), None
+        if not shares_reading(inputs[0], self.base) or (norm is not None and not self.training):
             return super()._combine(terms, inputs, bias, experts)
-        # The norm is needed after the product with x, and of W it needs a product as well.
+        if norm is None:
+            norm, forward = self._norm_and_forward(inputs[0])
+        backward = self._terms_with if takes_gain(inputs[0], self.base) else None
+        return dora_product(terms, inputs, self.magnitude, norm, forward=forward, backward=backward)
+
+    def _norm_and_forward(self, x: mx.array) -> tuple[mx.array, Terms]:
+        """The norm and, from the same reading of W, the terms of ``x``."""
         update = self._update().constant()
         reading = SharedReading(self.base, update.a)
         norm = self._keep(self._adapted_norm().factored(update, reading.constant_product.T))
@@ -79,4 +89,13 @@ class DoRALinear(DoRA, _AdaptedLinear):
         def forward(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
             return self._with_update(reading.product(x), low_rank, lora_b)
 
-        return dora_product(terms, inputs, self.magnitude, norm, forward=forward)
+        return norm, forward
+
+    def _terms_with(self, gain: mx.array) -> Terms:
+        """The terms times ``gain``, which is multiplied into W and B."""
+
+        def terms(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
+            frozen = frozen_product(x, self.base, gain)
+            return self._with_update(frozen, low_rank, gain * lora_b)
+
+        return terms
