@@ -24,7 +24,7 @@ import mlx.nn as nn
 BLOCK_VALUES = 1 << 20
 # Up to this many input rows (decoding) the quantized kernel beats dequantizing all of W.
 FEW_ROWS = 3
-_DEPTH_OF_DEQUANTIZING = 10  # Operations one after the other; 6 suffice for 4 bits.
+_DEPTH_OF_DEQUANTIZING = 14  # Operations one after the other, and some.
 # What mx.quantize divides a global scale by: the largest products of e4m3 scales and e2m1 values.
 NVFP4_RANGE = 448 * 6
 
@@ -100,12 +100,20 @@ def chosen_rows(
     dtype: mx.Dtype,
     after: mx.array | None = None,
     gain: mx.array | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> mx.array:
-    """The rows of W that a slice or an array of indices names, as ``weight_rows`` gives them."""
-    rows, _ = row_shape(base)
+    """The rows of W that a slice or an array of indices names, as ``weight_rows`` gives them.
+
+    All of their columns, or those from one multiple of the group size to another.
+    """
+    rows, width = row_shape(base)
 
     def part(name: str) -> mx.array:
-        own = base[name].reshape(rows, -1)[chosen]
+        own = base[name].reshape(rows, -1)
+        if columns is not None:
+            first, end = (column * own.shape[1] // width for column in columns)
+            own = own[:, first:end]
+        own = own[chosen]
         return own if after is None else mx.depends([own], [after])[0]
 
     def factors(name: str) -> mx.array:
@@ -116,6 +124,8 @@ def chosen_rows(
     if not is_quantized(base):
         return part("weight").astype(dtype)
     affine = mx.issubdtype(base["scales"].dtype, mx.floating)
+    if affine and on_cpu() and 32 % base.bits == 0:
+        return _dequantized(part("weight"), factors("scales"), factors("biases"), base.bits)
     values = mx.dequantize(
         part("weight"),
         factors("scales") if affine else part("scales"),
@@ -128,6 +138,14 @@ def chosen_rows(
         per_row = mx.repeat(base["global_scale"], rows // base["global_scale"].size)[chosen]
         values = (per_row / NVFP4_RANGE)[:, None] * values
     return values.astype(dtype)
+
+
+def _dequantized(words: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
+    """``mx.dequantize``, bit for bit, in two thirds of the time that it takes on a CPU."""
+    shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
+    values = ((words[..., None] >> shifts) & (2**bits - 1)).astype(scales.dtype)
+    values = values.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
+    return values.reshape(len(words), -1)
 
 
 def row_blocks(base: nn.Module) -> Iterator[tuple[int, int]]:
@@ -251,7 +269,7 @@ class SharedReading:
             columns += mx.depends([column], [part])
             for _ in range(_DEPTH_OF_DEQUANTIZING):
                 (x,) = mx.depends([x], [columns[-1]])
-        return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
+        return _joined(columns)
 
 
 def shares_reading(x: mx.array, base: nn.Module) -> bool:
@@ -359,7 +377,7 @@ def _quantized_product(x: mx.array, base: nn.Module, transpose: bool) -> mx.arra
 
 def _blocked_product(x: mx.array, base: nn.Module, gain: mx.array | None) -> mx.array:
     if _assumed_cpu.get():
-        return _planned_product(x, base)
+        return _planned(_quantized_product(x, base, transpose=True))
     columns: list[mx.array] = []
     *experts, out, _ = weight_shape(base)
     if experts:
@@ -371,18 +389,32 @@ def _blocked_product(x: mx.array, base: nn.Module, gain: mx.array | None) -> mx.
         # One dequantized block at a time.
         weight = weight_rows(base, start, stop, x.dtype, columns[-1] if columns else x, gain)
         columns.append(x @ weight.T)
+    return _joined(columns)
+
+
+def _joined(columns: list[mx.array]) -> mx.array:
     return columns[0] if len(columns) == 1 else mx.concatenate(columns, axis=-1)
 
 
-def _planned_product(x: mx.array, base: nn.Module) -> mx.array:
-    """In few operations what takes as much memory as the blocks, but for one block."""
-    y = _quantized_product(x, base, transpose=True)
+def _planned(y: mx.array) -> mx.array:
+    """In few operations what takes as much memory as joined columns, but for a block of W."""
     return mx.concatenate([y[..., :1], y[..., 1:]], axis=-1)
 
 
 def _blocked_product_transposed(d: mx.array, base: nn.Module, gain: mx.array | None) -> mx.array:
+    rows, width = row_shape(base)
+    # The sum over blocks of rows is read and written for each of them.
+    by_columns = width > rows
     if _assumed_cpu.get():
-        return _quantized_product(d, base, transpose=False)
+        d_x = _quantized_product(d, base, transpose=False)
+        return _planned(d_x) if by_columns else d_x
+    if by_columns:
+        columns: list[mx.array] = []
+        size = max(1, BLOCK_VALUES // rows // base.group_size) * base.group_size
+        for start in range(0, width, size):
+            block, after = (start, min(start + size, width)), columns[-1] if columns else d
+            columns.append(d @ chosen_rows(base, slice(None), d.dtype, after, gain, block))
+        return _joined(columns)
     total: mx.array | None = None
     for start, stop in row_blocks(base):
         part = d[..., start:stop]
