@@ -83,7 +83,7 @@ def build_skeleton(facts: ModelFacts) -> "Module":
     import mlx.core as mx
 
     from dora_mlx.kernels.blocked_layers import use_blocked_products
-    from dora_mlx.kernels.frozen_product import on_cpu
+    from dora_mlx.kernels.device import on_cpu
 
     if facts.folder is not None:
         model, _ = load_lazily(facts.folder)

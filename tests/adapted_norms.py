@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 from float64 import as64, dense64
 
-from dora_mlx.kernels.frozen_product import row_shape
+from dora_mlx.kernels.frozen_weight import row_shape
 from dora_mlx.layers import DoRAEmbedding
 
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from dora_mlx.kernels.frozen_product import row_shape, weight_rows
+from dora_mlx.kernels.frozen_weight import row_shape, weight_rows
 
 
 def as64(array):

@@ -24,7 +24,7 @@ from dora_mlx.analysis.decomposition import (
 from dora_mlx.analysis.inspection import inspect_run
 from dora_mlx.config import TrainConfig
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import weight_rows
+from dora_mlx.kernels.frozen_weight import weight_rows
 from dora_mlx.layers import DoRAEmbedding, DoRALinear, DoRASwitchLinear, LoRALinear
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.finetune import finetune

@@ -8,14 +8,8 @@ from float64 import as64
 from mlx.utils import tree_flatten
 
 from dora_mlx.kernels.blocked_layers import use_blocked_products
-from dora_mlx.kernels.frozen_product import (
-    frozen_product,
-    frozen_product_transposed,
-    parameter_count,
-    takes_gain,
-    weight_rows,
-    weight_shape,
-)
+from dora_mlx.kernels.frozen_product import frozen_product, frozen_product_transposed, takes_gain
+from dora_mlx.kernels.frozen_weight import parameter_count, weight_rows, weight_shape
 from dora_mlx.kernels.row_norm import RowNorm, Update
 from dora_mlx.layers import DoRALinear, LoRALinear, hoisted_norms
 
@@ -228,7 +222,7 @@ def test_fuse_keeps_the_quantization_and_the_dtype_of_the_base():
 def test_blocked_products_equal_mlx_quantized_products(mode, bits, group, monkeypatch):
     base = quantized(mode, bits, group)
     # Blocks of 5 rows: 96 rows leave a last block that is not full.
-    monkeypatch.setattr("dora_mlx.kernels.frozen_product.BLOCK_VALUES", 5 * 256)
+    monkeypatch.setattr("dora_mlx.kernels.frozen_weight.BLOCK_VALUES", 5 * 256)
     x, d = mx.random.normal((17, 256)), mx.random.normal((17, 96))
     stock = mx.quantized_matmul(
         x, base.weight, base.scales, base.get("biases"), True, group, bits, mode
@@ -243,7 +237,7 @@ def test_blocked_products_equal_mlx_quantized_products(mode, bits, group, monkey
 @pytest.mark.parametrize("bits", [2, 4, 6])
 def test_a_gain_of_the_weight_is_one_of_the_outputs(bits, monkeypatch):
     # Blocks of 4 rows: 10 rows leave a last block that is not full.
-    monkeypatch.setattr("dora_mlx.kernels.frozen_product.BLOCK_VALUES", 4 * 64)
+    monkeypatch.setattr("dora_mlx.kernels.frozen_weight.BLOCK_VALUES", 4 * 64)
     base = nn.Linear(64, 10).to_quantized(32, bits)
     x, gain = mx.random.normal((2, 5, 64)), mx.random.uniform(0.5, 2, (10,))
     d = mx.random.normal((2, 5, 10))

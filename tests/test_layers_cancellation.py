@@ -7,7 +7,7 @@ import pytest
 from float64 import as64
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from dora_mlx.kernels.frozen_product import weight_rows
+from dora_mlx.kernels.frozen_weight import weight_rows
 from dora_mlx.kernels.row_norm import ColumnNorm, RowNorm, Update, may_cancel, safe_norms
 from dora_mlx.layers import DoRALinear, hoisted_norms
 

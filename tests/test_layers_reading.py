@@ -42,7 +42,7 @@ def test_sums_of_squares_made_within_a_gradient_keep_nothing_else():
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_a_shared_reading_computes_the_same_product_bit_for_bit(bits, monkeypatch):
     # Blocks of 20 rows: 96 rows leave a last block that is not full.
-    monkeypatch.setattr(frozen_product, "BLOCK_VALUES", 20 * 256)
+    monkeypatch.setattr("dora_mlx.kernels.frozen_weight.BLOCK_VALUES", 20 * 256)
     layer = packed_layer(bits=bits)
     x = mx.random.normal((2, 5, 256))
     assert shares_reading(x, layer.base)
@@ -102,7 +102,7 @@ def test_a_norm_that_a_compiled_function_was_first_to_need_can_be_used_after_it(
 
 def test_a_norm_does_not_bring_the_dequantized_weight_with_it(monkeypatch):
     # Blocks of 256 KiB; all of W dequantized is 4 MiB.
-    monkeypatch.setattr(frozen_product, "BLOCK_VALUES", 2**16)
+    monkeypatch.setattr("dora_mlx.kernels.frozen_weight.BLOCK_VALUES", 2**16)
     layer = packed_layer(width=1024, out=1024)
     x = mx.random.normal((8, 1024))
 

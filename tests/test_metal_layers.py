@@ -16,8 +16,14 @@ from float64 import as64
 from metal_host.host_kernel import HostKernel, shared_compiler
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from dora_mlx.kernels import frozen_product, gain_backward, metal_dispatch, packed_row_norm
-from dora_mlx.kernels.frozen_product import row_shape, weight_rows
+from dora_mlx.kernels import (
+    frozen_product,
+    frozen_weight,
+    gain_backward,
+    metal_dispatch,
+    packed_row_norm,
+)
+from dora_mlx.kernels.frozen_weight import row_shape, weight_rows
 from dora_mlx.layers import DoRALinear, DoRASwitchLinear, dora, hoisted_norms
 
 on_host = pytest.mark.skipif(
@@ -37,7 +43,7 @@ def launches(monkeypatch):
     names = []
     monkeypatch.setattr(metal_dispatch, "use_metal", lambda: True)
     monkeypatch.setattr(metal_dispatch, "_verdicts", {})
-    for module in (frozen_product, dora):
+    for module in (frozen_product, frozen_weight, dora):
         monkeypatch.setattr(module, "on_cpu", lambda: False)
     for name, module in MODULES.items():
 

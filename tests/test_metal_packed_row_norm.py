@@ -13,7 +13,7 @@ from metal_host.exact import exact_update, exact_weight, to_float64
 from metal_host.host_kernel import HostCompiler, HostKernel, shared_compiler
 
 from dora_mlx.kernels import packed_row_norm as module
-from dora_mlx.kernels.frozen_product import weight_rows
+from dora_mlx.kernels.frozen_weight import weight_rows
 
 on_host = pytest.mark.skipif(
     sys.platform != "linux", reason="the host program is for Linux; a Mac runs the kernel itself"

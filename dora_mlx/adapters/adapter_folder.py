@@ -27,7 +27,7 @@ from dora_mlx.adapters.attach import (
 from dora_mlx.adapters.stored import StoredAdapter, merge_names, read_arrays, read_settings
 from dora_mlx.atomic import replacing, save_arrays, write_text
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import is_quantized
+from dora_mlx.kernels.frozen_weight import is_quantized
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import (
+from dora_mlx.kernels.frozen_weight import (
     is_quantized,
     row_shape,
     weight_dtype,

@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_mlx.kernels.frozen_product import row_blocks, row_shape, weight_dtype, weight_rows
+from dora_mlx.kernels.frozen_weight import row_blocks, row_shape, weight_dtype, weight_rows
 from dora_mlx.kernels.row_norm import Update
 from dora_mlx.layers import DoRAEmbedding, LoRAEmbedding
 from dora_mlx.layers.lora import LowRankLayer

@@ -21,7 +21,7 @@ from dora_mlx.comparing.general import GeneralSet
 from dora_mlx.comparing.settings import Contender, Settings, swept
 from dora_mlx.config import SMALL_MODEL, TrainConfig
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import is_quantized, parameter_count
+from dora_mlx.kernels.frozen_weight import is_quantized, parameter_count
 from dora_mlx.loading import load_base, load_lazily
 from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder

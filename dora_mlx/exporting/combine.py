@@ -23,7 +23,7 @@ import numpy.typing as npt
 from mlx.utils import tree_unflatten
 
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import (
+from dora_mlx.kernels.frozen_weight import (
     row_blocks,
     weight_dtype,
     weight_rows,

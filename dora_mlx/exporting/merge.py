@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import (
+from dora_mlx.kernels.frozen_weight import (
     BLOCK_VALUES,
     is_quantized,
     row_blocks,

@@ -15,7 +15,7 @@ from dora_mlx.exporting.formats import BASE_QUANT, DENSE_QUANT, MLX_PACKINGS
 from dora_mlx.exporting.merge import Weights
 from dora_mlx.exporting.stored import Spec, Stored
 from dora_mlx.exporting.writer import ExportSource
-from dora_mlx.kernels.frozen_product import is_quantized
+from dora_mlx.kernels.frozen_weight import is_quantized
 
 
 @dataclass(frozen=True)

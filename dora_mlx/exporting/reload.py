@@ -11,7 +11,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from dora_mlx.exporting.logits import Logits, VerificationError, logits_of
 from dora_mlx.kernels.blocked_layers import use_blocked_products
-from dora_mlx.kernels.frozen_product import on_cpu
+from dora_mlx.kernels.device import on_cpu
 from dora_mlx.loading import LoadedModel
 
 

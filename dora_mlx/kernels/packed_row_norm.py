@@ -20,7 +20,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import (
+from dora_mlx.kernels.frozen_weight import (
     BLOCK_VALUES,
     NVFP4_RANGE,
     is_quantized,

@@ -33,11 +33,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from dora_mlx.kernels.frozen_product import (
+from dora_mlx.kernels.frozen_product import frozen_product, frozen_product_transposed
+from dora_mlx.kernels.frozen_weight import (
     BLOCK_VALUES,
     chosen_rows,
-    frozen_product,
-    frozen_product_transposed,
     leading_shape,
     row_blocks,
     weight_rows,

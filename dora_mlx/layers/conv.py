@@ -12,7 +12,8 @@ LoRA gives groups an A over all channels, whose update is not one of W; for one 
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import frozen_convolution, row_shape
+from dora_mlx.kernels.frozen_product import frozen_convolution
+from dora_mlx.kernels.frozen_weight import row_shape
 from dora_mlx.layers.dora import DoRA
 from dora_mlx.layers.lora import LoRA, LowRankLayer, uniform
 

@@ -16,7 +16,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import on_cpu
+from dora_mlx.kernels.device import on_cpu
 from dora_mlx.kernels.gain_backward import (
     expert_gain_backward,
     gain_backward,

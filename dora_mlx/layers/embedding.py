@@ -14,7 +14,7 @@ There is no dropout in a lookup, as in PEFT; ``as_linear`` has it on the low-ran
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import weight_shape
+from dora_mlx.kernels.frozen_weight import weight_shape
 from dora_mlx.kernels.row_norm import ColumnNorm, Update, safe_norms
 from dora_mlx.layers.dora import DoRA
 from dora_mlx.layers.lora import LoRA, LowRankLayer, uniform

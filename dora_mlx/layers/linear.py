@@ -6,11 +6,10 @@ import mlx.nn as nn
 from dora_mlx.kernels.frozen_product import (
     SharedReading,
     frozen_product,
-    is_quantized,
     shares_reading,
     takes_gain,
-    weight_shape,
 )
+from dora_mlx.kernels.frozen_weight import is_quantized, weight_shape
 from dora_mlx.kernels.recomputation import product
 from dora_mlx.layers.dora import DoRA, dora_product
 from dora_mlx.layers.lora import LoRA, LowRankLayer, Terms, uniform

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import (
+from dora_mlx.kernels.frozen_weight import (
     is_quantized,
     row_blocks,
     weight_dtype,

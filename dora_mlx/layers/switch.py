@@ -7,7 +7,9 @@ as in mlx-lm's ``LoRASwitchLinear``, so its adapters load here; and a row of m `
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.frozen_product import gathered_product, on_cpu, weight_shape
+from dora_mlx.kernels.device import on_cpu
+from dora_mlx.kernels.frozen_product import gathered_product
+from dora_mlx.kernels.frozen_weight import weight_shape
 from dora_mlx.kernels.row_norm import Update
 from dora_mlx.layers.dora import DoRA
 from dora_mlx.layers.lora import LoRA, LowRankLayer, uniform

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from dora_mlx.kernels.frozen_product import on_cpu
+from dora_mlx.kernels.device import on_cpu
 
 
 def serves(queries: mx.array, options: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from dora_mlx.data.batches import Batch, BatchStream, make_batch, validation_bat
 from dora_mlx.data.examples import Examples
 from dora_mlx.data.preparation import PreparedData, prepare, training_source
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import parameter_count
+from dora_mlx.kernels.frozen_weight import parameter_count
 from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
 from dora_mlx.registry import resolve
 from dora_mlx.run_folder import RunFolder

@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
 
-from dora_mlx.kernels.frozen_product import on_cpu
+from dora_mlx.kernels.device import on_cpu
 from dora_mlx.kernels.recomputation import later, recipe_of, recomputed, remember, remembered
 from dora_mlx.training import dear_exponentials
 from dora_mlx.training.substitutes import standing_in

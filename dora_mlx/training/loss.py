@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from dora_mlx.data.batches import Batch
-from dora_mlx.kernels.frozen_product import on_cpu
+from dora_mlx.kernels.device import on_cpu
 from dora_mlx.training import dear_exponentials
 from dora_mlx.training.packed_attention import attention_arguments
 

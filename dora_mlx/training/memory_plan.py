@@ -14,7 +14,7 @@ from dora_mlx.data.cache import is_worth_keeping
 from dora_mlx.data.examples import Examples
 from dora_mlx.data.preparation import prepare, training_source
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import assuming_device, on_cpu
+from dora_mlx.kernels.device import assuming_device, on_cpu
 from dora_mlx.loading import load_tokenizer
 from dora_mlx.skeleton import ModelFacts, find_facts
 from dora_mlx.training.beginning import as_begun

@@ -21,7 +21,7 @@ from dora_mlx.adapters.attach import attach
 from dora_mlx.config import SMALL_MODEL, TrainConfig
 from dora_mlx.data.batches import Batch
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_product import leading_shape, parameter_count, weight_shape
+from dora_mlx.kernels.frozen_weight import leading_shape, parameter_count, weight_shape
 from dora_mlx.kernels.row_norm import AdaptedNorm, ColumnNorm
 from dora_mlx.layers.dora import DoRA, hoisted_norms
 from dora_mlx.skeleton import ModelFacts, build_skeleton
