@@ -24,7 +24,7 @@ from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_weight import parameter_count
 from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
 from dora_mlx.registry import resolve
-from dora_mlx.run_folder import RunFolder
+from dora_mlx.run_folder import RunFolder, checkpoints_newest_first
 from dora_mlx.skeleton import find_facts
 from dora_mlx.training.beginning import attach_as_told, changes_since, restore_newest
 from dora_mlx.training.checkpoints import check_space
@@ -101,8 +101,9 @@ def finetune(
                 held.enter_context(folder.lock())
                 # Whoever made it meant the process that trained before.
                 folder.stop_file.unlink(missing_ok=True)
+            saved = workers.leads and bool(checkpoints_newest_first(folder.checkpoints_dir))
             # It has fitted before, or someone wanted it all the same.
-            prepared = _prepare(config, workers, ignore_memory=True)
+            prepared = _prepare(config, workers, ignore_memory=True, saved=workers.share(saved))
             changes: list[str] = []
             if workers.leads:
                 changes = changes_since(folder, prepared.description, accept_changes)
@@ -201,9 +202,20 @@ def _taken(request: Path) -> bool:
 
 
 def _prepare(
-    config: TrainConfig, workers: Workers, fit_it: bool = False, ignore_memory: bool = False
+    config: TrainConfig,
+    workers: Workers,
+    fit_it: bool = False,
+    ignore_memory: bool = False,
+    saved: bool = False,
 ) -> _Prepared:
-    """Read the data, load the model, attach the adapter and settle what was left open."""
+    """Read the data, load the model, attach the adapter and settle what was left open.
+
+    ``saved`` says that a checkpoint will put its arrays into the adapter.
+    """
+    init_adapter = config.init_adapter
+    if saved:
+        # What it decided is in the options of the run, and the folder may be gone or another.
+        config = replace(config, init_adapter=None)
     path = resolve(config.model)
     # Bad data is reported before the weights are read.
     tokenizer = load_tokenizer(path)
@@ -230,6 +242,7 @@ def _prepare(
     config, spec = attach_as_told(config, base)
     per_step = config.batch_size * config.grad_accumulation_steps * workers.count
     settled = _settle(config, batches.rows / per_step, total_parameters < SMALL_MODEL)
+    settled = replace(settled, init_adapter=init_adapter)
     description = {
         "options": settled.to_dict(),
         "model": {"path": str(base.path), "fingerprint": fingerprint(base.path)},
