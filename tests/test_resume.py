@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from dora_mlx.adapters.trained import load_run
 from dora_mlx.config import TrainConfig
 from dora_mlx.errors import UserError
 from dora_mlx.run_folder import RunFolder
+from dora_mlx.training.checkpoints import load_newest_checkpoint
 from dora_mlx.training.events import read_events
 from dora_mlx.training.finetune import finetune
 
@@ -74,13 +76,36 @@ def test_a_run_without_an_intact_checkpoint_keeps_its_adapter(chat_file, run):
     assert (run.path / "adapters.safetensors").read_bytes() == best
 
 
-@pytest.mark.parametrize(
-    "other", [{"version": 2}, {"sha256": "of the form before"}, {"progress": {"step": 3}}]
-)
-def test_checkpoint_of_another_version_is_called_so_and_stays(chat_file, run, other):
-    finetune(quick(chat_file), run, should_stop=StopAfter(3))
+DAMAGES = [
+    lambda state: [],
+    lambda state: {},
+    lambda state: state | {"version": "one"},
+    lambda state: state | {"sha256": "of all"},
+    lambda state: state | {"progress": {"step": 3}},
+    lambda state: state | {"progress": state["progress"] | {"more": 1}},
+    lambda state: state | {"progress": state["progress"] | {"step": "3"}},
+]
+
+
+def test_damaged_state_is_no_other_version(chat_file, run, tmp_path):
+    finetune(quick(chat_file, steps=2), run)
+    for number, damage in enumerate(DAMAGES):
+        copy = RunFolder(shutil.copytree(run.path, tmp_path / f"copy{number}"))
+        file = rewrite_state(copy, damage)
+        found, damaged = load_newest_checkpoint(copy.checkpoints_dir)
+        assert (found.progress.step, damaged) == (1, [file.parent]), number
+
+
+def rewrite_state(run, change):
+    """Replace ``state.json`` of the newest checkpoint by what ``change`` makes of it."""
     file = run.adapter_dir("last") / "state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | other))
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    return file
+
+
+def test_checkpoint_of_another_version_is_called_so_and_stays(chat_file, run):
+    finetune(quick(chat_file), run, should_stop=StopAfter(3))
+    file = rewrite_state(run, lambda state: {"version": 2, "of": "another form"})
     with pytest.raises(UserError, match="step_00000003 was written by another version"):
         finetune(TrainConfig.from_file(run.config_file), run, resume=True)
     assert file.exists()

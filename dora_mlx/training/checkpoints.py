@@ -155,21 +155,17 @@ def _read_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at ``path``, or ``None`` if it is not as it was written.
 
     Raises:
-        UserError: If it is intact, or as good as, but of a version that is not understood.
+        UserError: If it says that it is of a version that is not understood.
     """
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        if not _is_understood(state):
-            raise UserError(
-                f"The checkpoint {path} was written by another version of dora-mlx. Go on with "
-                f"that version, or begin a new run with its adapter by --init-adapter {path}."
-            )
+        _check_version(path, state.get("version", _VERSION))
+        progress = _progress_of(state["progress"])
         files = (WEIGHTS_FILE, CONFIG_FILE, _OPTIMIZER)
         if any(state["sha256"][name] != _digest(path / name) for name in files):
             return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
-    progress = Progress(**state["progress"])
     adapter, optimizer = (
         cast(dict[str, mx.array], mx.load(str(path / name))) for name in (WEIGHTS_FILE, _OPTIMIZER)
     )
@@ -177,15 +173,23 @@ def _read_checkpoint(path: Path) -> Checkpoint | None:
     return Checkpoint(path, adapter, optimizer, progress)
 
 
-def _is_understood(state: Any) -> bool:
-    """Whether a state has the form that is written now."""
-    return (
-        isinstance(state, dict)
-        and state.get("version", _VERSION) == _VERSION
-        and isinstance(state.get("sha256"), dict)
-        and isinstance(state.get("progress"), dict)
-        and state["progress"].keys() == {one.name for one in fields(Progress)}
-    )
+def _check_version(path: Path, version: Any) -> None:
+    """Refuse another version; anything but a whole number is no version, but damage."""
+    if not isinstance(version, int):
+        raise TypeError("a version is a whole number")
+    if version != _VERSION:
+        raise UserError(
+            f"The checkpoint {path} was written by another version of dora-mlx. Go on with "
+            f"that version, or begin a new run with its adapter by --init-adapter {path}."
+        )
+
+
+def _progress_of(saved: dict[str, Any]) -> Progress:
+    """The progress in a state; raises TypeError or KeyError where it is not as it was written."""
+    for one in fields(Progress):
+        if not isinstance(saved[one.name], cast(type, one.type)):
+            raise TypeError(f"{one.name} is of another type")
+    return Progress(**saved)
 
 
 def _digest(path: Path) -> str:
