@@ -34,11 +34,6 @@ class Worker:
         self._pipe: Connection | None = None
         self._closed = False
 
-    @property
-    def busy(self) -> bool:
-        """Whether it works for somebody now."""
-        return self._turn.locked()
-
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What ``function(*arguments)`` returns in the worker.
 

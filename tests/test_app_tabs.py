@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,14 +58,15 @@ def run(runs_dir):
     return find_run("small", runs_dir)
 
 
-def test_closed_worker_lets_go_of_whoever_waits_for_it():
+def test_closed_worker_lets_go_of_whoever_waits_for_it(tmp_path):
     worker = Worker("data")
     process = worker.call(os.getpid)
+    os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor() as threads:
-        waiting = threads.submit(worker.call, time.sleep, 600)
-        while not worker.busy:
-            time.sleep(0.01)
-        worker.close()
+        waiting = threads.submit(worker.call, Path.read_text, tmp_path / "pipe")
+        # It opens as soon as the worker reads from it, which then waits for what never comes.
+        with open(tmp_path / "pipe", "w"):
+            worker.close()
         with pytest.raises(UserError):
             waiting.result()
     with pytest.raises(ProcessLookupError):
