@@ -20,15 +20,11 @@ from dora_mlx.run_folder import RunFolder, find_run
 
 if TYPE_CHECKING:
     from dora_mlx.adapters.trained import TrainedModel
-    from dora_mlx.exporting.job import Job
+    from dora_mlx.exporting.job import ExportProgress, Job
     from dora_mlx.exporting.judgement import Reference
     from dora_mlx.exporting.report import ExportReport, Training
 
 EXPORTS_DIR = Path("exports")
-
-# Called with what is being done (reading, writing, checking, uploading), and with the bytes done
-# and in all, or 0 and 0 where there is nothing to count.
-Progress = Callable[[str, int, int], None]
 
 DESCRIPTION = """\
 Write a trained model for other programs, the adapter merged into the weights in float32.
@@ -66,7 +62,7 @@ def export_run(
     public: bool = False,
     pre: str | None = None,
     checkpoint: str | None = None,
-    progress: Progress | None = None,
+    progress: "ExportProgress | None" = None,
 ) -> "ExportReport":
     """Write the trained model of a run, read it back and compare it with the adapted one.
 
@@ -302,7 +298,7 @@ def _export(arguments: argparse.Namespace) -> int:
     return code
 
 
-def print_export(write: Callable[[Progress], "ExportReport"]) -> int:
+def print_export(write: Callable[["ExportProgress"], "ExportReport"]) -> int:
     """Write with a progress bar and print what was measured; returns the exit code."""
     from dora_mlx.exporting.job import TrainingLostError
     from dora_mlx.exporting.logits import VerificationError
@@ -335,7 +331,7 @@ def _print_figures(report: "ExportReport") -> None:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress]:
+def _progress_bar() -> Iterator["ExportProgress"]:
     from tqdm import tqdm
 
     bar: tqdm[Any]

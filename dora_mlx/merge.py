@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING
 
 from dora_mlx.command_line import add_adapter_flags, parser_for, run_command
 from dora_mlx.errors import UserError
-from dora_mlx.export import (
-    Progress,
-    add_export_flags,
-    default_export_path,
-    print_export,
-)
+from dora_mlx.export import add_export_flags, default_export_path, print_export
 from dora_mlx.exporting.formats import find_format
 from dora_mlx.run_folder import RunFolder, find_run
 
 if TYPE_CHECKING:
     from dora_mlx.adapters.swapping import SwappableModel
     from dora_mlx.exporting.combine import Recipe
+    from dora_mlx.exporting.job import ExportProgress
     from dora_mlx.exporting.report import ExportReport
 
 DESCRIPTION = """\
@@ -115,7 +111,7 @@ def _write(
     recipe: "Recipe",
     runs: list[RunFolder],
     arguments: argparse.Namespace,
-    progress: Progress,
+    progress: "ExportProgress",
 ) -> "ExportReport":
     """Merge, write, read back and compare, as every export."""
     from dora_mlx.exporting.combine import put_combined

@@ -25,7 +25,7 @@ from dora_mlx.registry import public_name
 
 # Called with what is being done (reading, writing, checking, uploading), and with the bytes done
 # and in all where it is known how many there are, else 0 and 0.
-Progress = Callable[[str, int, int], None]
+ExportProgress = Callable[[str, int, int], None]
 
 
 class TrainingLostError(UserError):
@@ -100,7 +100,7 @@ def measure(trained: nn.Module, prompts: Prompts, base: nn.Module | None = None)
     return Reference(prompts, before, after, computed_in)
 
 
-def run_job(job: Job, reference: Reference, progress: Progress | None = None) -> ExportReport:
+def run_job(job: Job, reference: Reference, progress: ExportProgress | None = None) -> ExportReport:
     """Write the export, read it back, and put it in place when it has passed.
 
     Args:
