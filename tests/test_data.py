@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_reading import make_examples, read_records
 
 from dora_mlx.data.batches import BatchStream, make_batch, validation_batches
 from dora_mlx.data.examples import Example
-from dora_mlx.data.records import Record, Split, find_data, read_records
-from dora_mlx.data.tokenizing import make_examples
+from dora_mlx.data.records import Record, Split, find_data
 from dora_mlx.errors import UserError
 
 

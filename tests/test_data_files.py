@@ -7,10 +7,11 @@ import random
 import sys
 
 import pytest
+from data_reading import read_records
 from reported_lines import named_lines
 
 from dora_mlx.data.forms import FORMS
-from dora_mlx.data.records import RecordReader, find_data, read_records
+from dora_mlx.data.records import RecordReader, find_data
 from dora_mlx.errors import UserError
 
 

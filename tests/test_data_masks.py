@@ -4,10 +4,11 @@ from pathlib import Path
 
 import chat_templates as family
 import pytest
+from data_reading import make_examples
 
 from dora_mlx.data.records import Record
 from dora_mlx.data.report import Report
-from dora_mlx.data.tokenizing import ExampleMaker, make_examples
+from dora_mlx.data.tokenizing import ExampleMaker
 from dora_mlx.errors import UserError
 
 KINDS = ["bytes", "sentencepiece"]

@@ -215,18 +215,6 @@ class RecordReader:
                 report.warning(line, sentence, "questions with several answers")
 
 
-def read_records(source: Source, form: str = "auto", columns: tuple[str, ...] = ()) -> list[Record]:
-    """All records of a source in a list.
-
-    Raises:
-        UserError: If it cannot be read or is empty; or one report of every bad row.
-    """
-    reader = RecordReader(source, form, columns)
-    records = list(reader)
-    reader.report.raise_errors()
-    return records
-
-
 class Split:
     """Which side a record is on, by a rule that depends on its content and a seed alone.
 

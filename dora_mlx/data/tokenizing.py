@@ -1,6 +1,5 @@
 """Rendered texts -> token ids and masks, many at a time, by the tokenizer's own fast code."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dora_mlx.data.conversation import BadRowError
-from dora_mlx.data.examples import Example, Examples, ExampleSet, LongExamples, fit
+from dora_mlx.data.examples import Example, LongExamples, fit
 from dora_mlx.data.records import Record
 from dora_mlx.data.rendering import ChatRenderer, Rendered, TrainOn, Turn
 from dora_mlx.data.report import Report
@@ -175,23 +174,3 @@ class ExampleMaker:
         elif treated:
             report.warning(record.line, "there is no token to learn: left out", "empty examples")
         return kept, treated
-
-
-def make_examples(
-    records: Iterable[Record], tokenizer: Any, max_seq_length: int, **options: Any
-) -> ExampleSet:
-    """All examples of ``records`` in memory; options are those of ``ExampleMaker``.
-
-    Raises:
-        UserError: If the tokenizer has no chat template, or the template rejects a record.
-    """
-    records = list(records)
-    report = Report(records[0].path if records else "the data")
-    counts: Counter[str] = Counter()
-    held: list[Example] = []
-    maker = ExampleMaker(tokenizer, max_seq_length, **options)
-    for _, examples, treated in maker.make(records, report):
-        held += examples
-        counts.update([treated] if treated else [])
-    report.raise_errors()
-    return ExampleSet(Examples.of(held), dict(counts))
