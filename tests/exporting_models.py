@@ -9,7 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 
-from dora_mlx.exporting.logits import LIMITS, VerificationError, compare_logits, logits_of
+from dora_mlx.exporting.gguf_file import GgufWriter
+from dora_mlx.exporting.logits import check_rounding, coarser, compare_logits, logits_of
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.safetensors import SafetensorsWriter
 from dora_mlx.exporting.stored import MAX_SHARD_BYTES
@@ -125,8 +126,17 @@ def verify_safetensors(folder: Path, model: nn.Module, tokens: mx.array):
     quant = {"bfloat16": "bf16", "float16": "f16"}[read_json(folder / "config.json")["torch_dtype"]]
     source = source_of(MergedWeights(model), folder)
     reading = SafetensorsWriter().read(source, folder, quant, tokens)
-    reference, _ = logits_of(model, tokens)
+    return _compared(reading, model, tokens, folder)
+
+
+def verify_gguf(file: Path, model: nn.Module, base: Path, quant: str, tokens: mx.array):
+    """Read ``file`` back and compare it with ``model`` as the command does; both are returned."""
+    reading = GgufWriter().read(source_of(MergedWeights(model), base), file, quant, tokens)
+    return reading, _compared(reading, model, tokens, file)
+
+
+def _compared(reading, model: nn.Module, tokens: mx.array, place: Path):
+    reference, computed_in = logits_of(model, tokens)
     report = compare_logits(reference, reading.logits)
-    if report.relative_rms > LIMITS[reading.precision]:
-        raise VerificationError(f"computes something else: {report}")
+    check_rounding(report, coarser(reading.precision, computed_in), place)
     return report

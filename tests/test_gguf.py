@@ -16,12 +16,13 @@ from exporting_models import (
     make_base,
     quantize,
     some_tokens,
+    verify_gguf,
 )
 from gguf_models import CASES, adapt_model, make_model
 from mlx_lm.utils import load_model
 
 from dora_mlx.errors import UserError
-from dora_mlx.exporting import verify
+from dora_mlx.exporting import gguf_file
 from dora_mlx.exporting.gguf import check_gguf_base, vocabulary, write_gguf
 from dora_mlx.exporting.gguf.hyperparameters import (
     read_hyperparameters,
@@ -30,11 +31,8 @@ from dora_mlx.exporting.gguf.hyperparameters import (
 )
 from dora_mlx.exporting.gguf.pretokenizer import find_pretokenizer
 from dora_mlx.exporting.gguf.tensors import permute_heads, unpermute_heads
+from dora_mlx.exporting.logits import VerificationError
 from dora_mlx.exporting.merge import MergedWeights
-from dora_mlx.exporting.verify import (
-    VerificationError,
-    verify_gguf,
-)
 
 
 def read(file):
@@ -365,14 +363,14 @@ def test_experts_are_written_in_less_memory_than_they_take(tmp_path, quant):
 
 
 def test_verification_without_llama_cpp_still_compares_every_tensor(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "llama_cpp_is_installed", lambda: False)
+    monkeypatch.setattr(gguf_file, "llama_cpp_is_installed", lambda: False)
     base = tmp_path / "base"
     model = adapt(make_base(base, rope_scaling=LLAMA3_SCALING))
     file = tmp_path / "m.gguf"
     write_gguf(MergedWeights(model), base, file)
-    report = verify_gguf(file, model, base, "f16", some_tokens())
-    assert report.tensors == 2 * 9 + 2 + 1
-    assert report.logits is None
+    reading, _ = verify_gguf(file, model, base, "f16", some_tokens())
+    assert reading.tensors == 2 * 9 + 2 + 1
+    assert reading.program == "mlx-lm"
     with pytest.raises(VerificationError, match="is F16 in"):
         verify_gguf(file, model, base, "bf16", some_tokens())
     data = bytearray(file.read_bytes())

@@ -12,6 +12,7 @@ from exporting_models import (
     make_base,
     quantize,
     some_tokens,
+    verify_gguf,
 )
 from gguf import GGUFReader
 from mlx_lm.utils import load_model
@@ -21,13 +22,9 @@ from trained_tokenizers import SPLITTERS, crossing_tokenizer, nasty_texts, train
 from dora_mlx.exporting.gguf import write_gguf
 from dora_mlx.exporting.gguf.tokenization import PROBES, as_llama_cpp, check_gguf_tokens
 from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
+from dora_mlx.exporting.logits import VerificationError
 from dora_mlx.exporting.merge import MergedWeights
-from dora_mlx.exporting.verify import (
-    VerificationError,
-    llama_cpp_is_installed,
-    run_llama_cpp,
-    verify_gguf,
-)
+from dora_mlx.exporting.verify import llama_cpp_is_installed, run_llama_cpp
 
 pytestmark = [
     pytest.mark.llama_cpp,
@@ -54,19 +51,19 @@ def test_llama_cpp_computes_the_same(tmp_path, shape):
     for dtype, limit in (("f32", 1e-5), ("f16", 5e-3)):
         file = tmp_path / f"{dtype}.gguf"
         write_gguf(MergedWeights(model), tmp_path / "base", file, dtype)
-        report = verify_gguf(file, model, tmp_path / "base", dtype, some_tokens())
-        assert report.logits.relative_rms < limit
-        assert report.logits.top1_agreement > 0.95
-        assert report.logits.kl < limit
+        _, report = verify_gguf(file, model, tmp_path / "base", dtype, some_tokens())
+        assert report.relative_rms < limit
+        assert report.top1_agreement > 0.95
+        assert report.kl < limit
 
 
 def test_llama_cpp_computes_the_same_for_the_starter(tmp_path):
     model, _ = load_model(STARTER)
     adapt(model)
     write_gguf(MergedWeights(model), STARTER, tmp_path / "m.gguf")
-    report = verify_gguf(tmp_path / "m.gguf", model, STARTER, "f16", some_tokens())
-    assert report.logits.relative_rms < 3e-3
-    assert report.logits.top1_agreement > 0.95
+    _, report = verify_gguf(tmp_path / "m.gguf", model, STARTER, "f16", some_tokens())
+    assert report.relative_rms < 3e-3
+    assert report.top1_agreement > 0.95
 
 
 @pytest.mark.parametrize("mistake", ["permutation", "rope base", "rope factors"])
@@ -156,7 +153,8 @@ def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):
     change_json(make / "tokenizer.json", post_processor=template)
     change_json(make / "tokenizer_config.json", add_bos_token=None)
     write_gguf(MergedWeights(model), make, tmp_path / "m.gguf")
-    assert verify_gguf(tmp_path / "m.gguf", model, make, "f16", some_tokens()).logits
+    reading, _ = verify_gguf(tmp_path / "m.gguf", model, make, "f16", some_tokens())
+    assert reading.program == "llama.cpp"
     [(_, tokens)] = run_llama_cpp([tmp_path / "m.gguf"], some_tokens(1, 8), ["hi"])
     assert tokens["with_special"][0] == [1, *tokens["plain"][0]]
 

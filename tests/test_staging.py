@@ -15,6 +15,7 @@ from exporting_models import (
     STARTER,
     make_base,
     some_tokens,
+    verify_gguf,
     verify_safetensors,
     write_safetensors,
 )
@@ -25,7 +26,6 @@ from dora_mlx.exporting.gguf import write_gguf
 from dora_mlx.exporting.logits import VerificationError
 from dora_mlx.exporting.merge import MergedWeights
 from dora_mlx.exporting.staging import staged_file, staged_folder
-from dora_mlx.exporting.verify import verify_gguf
 
 WRITERS = [write_safetensors, write_gguf]
 

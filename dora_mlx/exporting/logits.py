@@ -1,6 +1,7 @@
 """Logits of models on the same tokens, and how they differ."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -75,6 +76,21 @@ def compare_logits(
         top1_agreement=agreed / positions,
         kl=divergence / positions,
     )
+
+
+def check_rounding(difference: LogitReport, precision: mx.Dtype, place: Path) -> None:
+    """Refuse more than what the rounding of ``precision`` makes of the logits of ``place``.
+
+    Raises:
+        VerificationError: With the figures.
+    """
+    limit = LIMITS[precision]
+    # NaN is not above the limit either.
+    if not difference.relative_rms <= limit:
+        raise VerificationError(
+            f"{place} computes something else than the model it was exported from: "
+            f"{difference}, and relative_rms may be {limit}"
+        )
 
 
 def mean_loss(logits: Logits, prompts: Prompts) -> float | None:

@@ -14,13 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
@@ -28,12 +26,9 @@ from numpy.typing import NDArray
 import dora_mlx
 from dora_mlx.exporting.gguf.encoding import encode_block
 from dora_mlx.exporting.gguf.quants import QUANTS
-from dora_mlx.exporting.gguf.tokenization import PROBES, as_llama_cpp, check_gguf_tokens
-from dora_mlx.exporting.gguf.vocabulary import read_vocabulary
 from dora_mlx.exporting.gguf.write import plan_file
-from dora_mlx.exporting.logits import LIMITS, VerificationError, compare_logits, logits_of
-from dora_mlx.exporting.merge import MergedWeights, Weights
-from dora_mlx.exporting.report import LogitReport
+from dora_mlx.exporting.logits import VerificationError
+from dora_mlx.exporting.merge import Weights
 
 EXACT_TYPES = (Type.F32, Type.F16, Type.BF16)
 # Root mean square of what a type may change a tensor by, over that of its values. About 1.5 times
@@ -51,45 +46,6 @@ TYPE_ERRORS = {
 COARSEST_ERROR = 0.5
 # Lines in which llama.cpp says why it stopped.
 _REASON = re.compile(r"error loading|GGML_ASSERT|terminate called|what\(\)")
-
-
-@dataclass(frozen=True)
-class GgufReport:
-    """What was compared: every tensor, and the logits unless llama.cpp is not installed."""
-
-    tensors: int
-    logits: LogitReport | None
-
-
-def verify_gguf(
-    file: Path, model: nn.Module, base_dir: Path, quant: str, token_ids: mx.array
-) -> GgufReport:
-    """Compare every tensor of ``file`` with ``model``, and its logits and tokens in llama.cpp.
-
-    Args:
-        file: What ``write_gguf`` wrote.
-        model: The adapted model that was exported.
-        base_dir: Folder of the base model.
-        quant: What ``file`` was written as.
-        token_ids: ``[B, L]``.
-
-    Raises:
-        VerificationError: When a tensor, a logit or the tokenization is not what it has to be.
-    """
-    count = check_gguf_tensors(file, MergedWeights(model), base_dir, quant)
-    if not llama_cpp_is_installed():
-        return GgufReport(count, None)
-    reference, computed_in = logits_of(model, token_ids)
-    rows = plan_file(base_dir, MergedWeights(model), quant).rows()
-    [(logits, tokens)] = run_llama_cpp([file], token_ids, PROBES)
-    report = compare_logits(reference, logits)
-    precision = gguf_precision(quant)
-    # Weights of fewer bits change the logits by what no limit can tell from a mistake.
-    if precision is not None:
-        _check(report, [computed_in, precision], file)
-    tokenizer = as_llama_cpp(base_dir, read_vocabulary(base_dir, rows))
-    check_gguf_tokens(tokens, PROBES, tokenizer, file)
-    return GgufReport(count, report)
 
 
 def gguf_precision(quant: str) -> mx.Dtype | None:
@@ -137,15 +93,6 @@ def run_llama_cpp(
             )
             for index in range(len(files))
         ]
-
-
-def _check(report: LogitReport, dtypes: list[mx.Dtype], place: Path) -> None:
-    limit = max(LIMITS[dtype] for dtype in dtypes)
-    if not report.relative_rms <= limit:
-        raise VerificationError(
-            f"{place} computes something else than the model it was exported from: "
-            f"{report}, and relative_rms may be {limit}"
-        )
 
 
 def check_gguf_tensors(file: Path, weights: Weights, base_dir: Path, quant: str) -> int:
