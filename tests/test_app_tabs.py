@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,13 @@ from gradio.state_holder import SessionState
 
 from app import work
 from app.connect import connect
+from app.context import Context
 from app.exports import Exports
 from app.run_picker import step_of
+from app.run_watch import RunWatch
 from app.sampling import sampling_from
+from app.tabs.chat import _Answers
+from app.trainings import Trainings
 from app.uploads import keep_upload, uploaded_file, uploads
 from app.views import changes, chat, data, export
 from app.workers import Worker
@@ -222,6 +227,20 @@ def test_adapted_and_base_answer_from_one_loaded_model(run):
     again = {who: text for who, text, _, _ in work.answer(run, str(steps[0]), both, sampling)}
     assert work._talking["chat"] is model, "another state needs no other base"
     assert again["base"] == said["base"]
+
+
+def test_stop_has_nothing_to_stop_once_an_answer_failed(runs_dir, tmp_path):
+    trainings = Trainings(runs_dir)
+    context = Context(runs_dir, tmp_path, True, trainings, RunWatch(trainings))
+    context.chat.close()
+    sampling = asdict(Sampling())
+    answer = _Answers(context, list(sampling)).to_message(
+        "Hi", {"adapted": [], "base": []}, "small", "best", True, "", *sampling.values()
+    )
+    stop = [next(answer)[-1], next(answer)[-1]]
+    assert [update["interactive"] for update in stop] == [True, False]
+    with pytest.raises(UserError, match="is ending"):
+        next(answer)
 
 
 def test_history_is_read_in_every_form_that_gradio_sends():
