@@ -175,6 +175,7 @@ def test_folder_and_hub_splits(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="several train files"):
         find_data(tmp_path)
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
     monkeypatch.setattr(
         "datasets.load_dataset", lambda name, split: datasets.Dataset.from_list([chat(split)])
     )

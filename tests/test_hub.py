@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from refusals import message_of
 
 from dora_mlx import registry, skeleton
+from dora_mlx.data.records import find_data
 from dora_mlx.errors import UserError
 from dora_mlx.registry import (
     models_dir,
@@ -275,3 +276,28 @@ def test_without_a_network_the_registry_knows_the_sizes(closed_network):
     assert facts.config["hidden_size"] == 1024
     with pytest.raises(UserError, match="cannot be reached"):
         skeleton.find_facts("owner/unknown")
+
+
+def test_without_network_a_data_set_is_asked_for_once(closed_network, monkeypatch):
+    asked = []
+
+    def fail(*arguments, **options):
+        asked.append(arguments)
+        raise socket.gaierror("Name or service not known")
+
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(UserError, match=r"hub:owner/name is not downloaded and the Hub cannot be"):
+        find_data("hub:owner/name")
+    assert len(asked) == 1
+
+
+def test_a_data_set_that_the_hub_refuses_is_refused_in_a_sentence(hub, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
+    monkeypatch.setattr(hub, "status", 404)
+    monkeypatch.setattr(hub, "code", "RepoNotFound")
+    with pytest.raises(UserError, match=r"hub:owner/name cannot be loaded: .* doesn't exist"):
+        find_data("hub:owner/name")
+    with pytest.raises(UserError, match="hub:a/b/c cannot be loaded: Repo id"):
+        find_data("hub:a/b/c")
