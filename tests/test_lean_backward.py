@@ -177,20 +177,25 @@ def test_recomputed_function_keeps_value_and_gradients():
     assert mx.allclose(single, mx.grad(lambda x: nn.silu(x).sum())(x))
 
 
+def measured_peak(job):
+    """Bytes that a job has at most above what was there before; the second time it runs."""
+    job()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    # The CPU backend runs some tasks ahead unless memory is short, which hides the need.
+    limit = mx.set_memory_limit(before + 2**20)
+    mx.reset_peak_memory()
+    job()
+    mx.set_memory_limit(limit)
+    return mx.get_peak_memory() - before
+
+
 def test_a_deep_model_trains_in_far_less_memory(monkeypatch):
     model = tiny("llama", num_hidden_layers=8, intermediate_size=384)
     tokens = mx.arange(2 * 256).reshape(2, 256) % 97
 
     def peak():
-        gradients(model, tokens)
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        # The CPU backend runs some tasks ahead unless memory is short, which hides the need.
-        limit = mx.set_memory_limit(before + 2**20)
-        mx.reset_peak_memory()
-        gradients(model, tokens)
-        mx.set_memory_limit(limit)
-        return mx.get_peak_memory() - before
+        return measured_peak(lambda: gradients(model, tokens))
 
     plain = peak()
     with lean_backward():
@@ -208,7 +213,7 @@ def test_a_checkpointed_block_adds_its_input_and_its_gradients():
     # adapter keep, or weights dequantized before they are needed, would come on top.
     tokens = mx.arange(2 * 256).reshape(2, 256) % 97
 
-    def peak(blocks):
+    def peaks(blocks):
         model = tiny("llama", num_hidden_layers=blocks, intermediate_size=384)
         nn.quantize(model, 32, 4, class_predicate=lambda path, _: path.endswith("base"))
         use_blocked_products(model)
@@ -222,11 +227,14 @@ def test_a_checkpointed_block_adds_its_input_and_its_gradients():
             return [loss, *(gradient for _, gradient in tree_flatten(gradients))]
 
         gradients = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
-        return peak_of(trace(step, list(arrays))).total, gradients
+        measured = measured_peak(lambda: mx.eval(step(*arrays)))
+        return peak_of(trace(step, list(arrays))).total, measured, gradients
 
-    (few, few_gradients), (many, many_gradients) = peak(3), peak(9)
-    block_input = 2 * 256 * 64 * 4
-    assert (many - few) / 6 <= 1.1 * (block_input + (many_gradients - few_gradients) / 6)
+    (planned, measured, own), (planned_more, measured_more, own_more) = peaks(3), peaks(9)
+    allowed = 2 * 256 * 64 * 4 + (own_more - own) / 6
+    assert (planned_more - planned) / 6 <= 1.1 * allowed
+    # Of several operations that could be next, MLX does not always take the one that frees most.
+    assert (measured_more - measured) / 6 <= 2.5 * allowed
 
 
 def before(graph, name):
@@ -267,8 +275,7 @@ def test_a_backward_goes_on_when_it_has_the_gradients_of_an_adapter():
 
     graph = trace(step, [mx.zeros((5, 16)), *arrays])
     first, *others = graph.outputs
-    # That of A comes with that of x A, in another function.
-    others = [name for name, key in zip(others, names, strict=True) if key != "lora_a"]
+    assert len(others) == 3
     earlier = before(graph, first)
     for other in others:
         work = [node for node in before(graph, other) if node.kind in ("Matmul", "Reduce")]

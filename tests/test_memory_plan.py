@@ -14,11 +14,14 @@ from benchmarks.plan import ROWS, Row, facts_of, measured, predicted
 from dora_mlx.config import TrainConfig
 from dora_mlx.data.examples import Example, Examples
 from dora_mlx.errors import UserError
+from dora_mlx.kernels.device import assuming_device
+from dora_mlx.kernels.gain_backward import gain_backward
 from dora_mlx.run_folder import new_run
 from dora_mlx.skeleton import build_skeleton, find_facts
 from dora_mlx.training import device_limits, memory_plan
 from dora_mlx.training.events import EventLog, read_events
 from dora_mlx.training.finetune import finetune
+from dora_mlx.training.gpu_operations import planned_operations
 from dora_mlx.training.graph import trace
 from dora_mlx.training.graph_memory import peak_of
 from dora_mlx.training.lean_backward import lean_backward
@@ -246,6 +249,28 @@ def test_other_threads_compute_as_always_while_one_plans():
     graph = trace(step, [mx.ones((4, 4))])
     assert seen == [pytest.approx(16 * nn.silu(mx.array(1.0)).item())] * 2
     assert [graph.shapes[name] for name in graph.outputs] == [(4, 4)]
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rope", "gain_backward"])
+def test_the_plan_for_a_mac_has_no_float32_copies_that_its_kernels_do_not_make(name):
+    x, weight = mx.zeros((4, 8, 64), mx.bfloat16), mx.ones(64)
+    calls = {
+        "rms_norm": lambda x: mx.fast.rms_norm(x, weight.astype(x.dtype), 1e-5),
+        "layer_norm": lambda x: mx.fast.layer_norm(x, None, None, 1e-5),
+        "rope": lambda x: mx.fast.rope(x, 64, traditional=False, base=1e4, scale=1.0, offset=0),
+    }
+
+    def step(x):
+        if name == "gain_backward":
+            return list(gain_backward(x, x + 1, weight, weight))
+        return list(mx.vjp(lambda x: [calls[name](x)], [x], [x])[1])
+
+    def sizes(cpu):
+        with assuming_device(cpu), planned_operations():
+            return list(trace(step, [x]).sizes.values())
+
+    assert sum(sizes(cpu=True)) > 2 * sum(sizes(cpu=False))
+    assert max(sizes(cpu=False)) == x.nbytes
 
 
 def test_skeleton_of_the_starter_is_the_starter(starter):

@@ -30,4 +30,9 @@ def assuming_device(cpu: bool) -> Iterator[None]:
 
 def planning_for_cpu() -> bool:
     """Whether in ``assuming_device(cpu=True)``, where nothing is evaluated."""
-    return bool(_assumed_cpu.get())
+    return _assumed_cpu.get() is True
+
+
+def planning_for_gpu() -> bool:
+    """Whether in ``assuming_device(cpu=False)``, where nothing is evaluated."""
+    return _assumed_cpu.get() is False

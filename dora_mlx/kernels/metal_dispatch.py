@@ -12,6 +12,7 @@ from functools import cache
 import mlx.core as mx
 
 from dora_mlx.errors import UserError
+from dora_mlx.kernels.device import planning_for_gpu
 
 KERNELS_VARIABLE = "DORA_MLX_KERNELS"
 
@@ -33,7 +34,7 @@ def kernel_runs(name: str, trial: Callable[[], float]) -> bool:
     Raises:
         UserError: As ``use_metal``, and where the variable forces a kernel that fails its trial.
     """
-    if not use_metal():
+    if planning_for_gpu() or not use_metal():
         return False
     if name not in _verdicts:
         problem = _problem(trial)
@@ -46,6 +47,12 @@ def kernel_runs(name: str, trial: Callable[[], float]) -> bool:
             _log.warning("Metal kernel %s is not used, plain ops are: %s", name, problem)
         _verdicts[name] = problem is None
     return _verdicts[name]
+
+
+def kernels_planned() -> bool:
+    """Whether a plan is being made for where the kernels run, which need not be here."""
+    forced = _forced_choice() == "reference"
+    return planning_for_gpu() and not forced and not mx.cuda.is_available()
 
 
 def use_metal() -> bool:

@@ -142,6 +142,9 @@ def product(x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
         cotangent, others = cotangents
         rows = recipe(cotangent).reshape(-1, width)
         d_x = mx.addmm(others, cotangent, primals[1].T)
-        return d_x, rows.T @ cotangent.reshape(len(rows), -1)
+        d_a = rows.T @ cotangent.reshape(len(rows), -1)
+        # Together, or every layer's rows would be kept until the backward comes to parameters.
+        d_x, d_a = mx.depends([d_x, d_a], [d_x, d_a])
+        return d_x, d_a
 
     return cast(tuple[mx.array, mx.array], forward(x, a))

@@ -25,6 +25,7 @@ from dora_mlx.kernels.frozen_weight import leading_shape, parameter_count, weigh
 from dora_mlx.kernels.row_norm import AdaptedNorm, ColumnNorm
 from dora_mlx.layers.dora import DoRA, hoisted_norms
 from dora_mlx.skeleton import ModelFacts, build_skeleton
+from dora_mlx.training.gpu_operations import planned_operations
 from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.graph import Graph, nothing_evaluated, trace
 from dora_mlx.training.graph_memory import peak_of
@@ -55,6 +56,12 @@ class BatchShape:
 
 def predict(facts: ModelFacts, config: TrainConfig, batch: BatchShape) -> dict[str, int]:
     """Bytes of every part at the peak of a step, in the order of ``PARTS``."""
+    # The same graph on every machine.
+    with mx.stream(mx.cpu):
+        return _predict(facts, config, batch)
+
+
+def _predict(facts: ModelFacts, config: TrainConfig, batch: BatchShape) -> dict[str, int]:
     with nothing_evaluated():
         model = build_skeleton(facts)
         kinds = [_kind_of(block) for block in model.layers]
@@ -175,7 +182,8 @@ def _step_graph(model: nn.Module, config: TrainConfig, shape: BatchShape) -> Gra
             loss, gradients = nn.value_and_grad(model, loss_sum)(model, batch)
         return [loss, *_arrays(gradients).values()]
 
-    return trace(step, arrays)
+    with planned_operations():
+        return trace(step, arrays)
 
 
 def _arrays(tree: Any) -> dict[str, mx.array]:
