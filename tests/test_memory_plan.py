@@ -265,12 +265,12 @@ def test_the_plan_for_a_mac_has_no_float32_copies_that_its_kernels_do_not_make(n
             return list(gain_backward(x, x + 1, weight, weight))
         return list(mx.vjp(lambda x: [calls[name](x)], [x], [x])[1])
 
-    def sizes(cpu):
+    def arrays(cpu):
         with assuming_device(cpu), planned_operations():
-            return list(trace(step, [x]).sizes.values())
+            return peak_of(trace(step, [x])).total / x.nbytes
 
-    assert sum(sizes(cpu=True)) > 2 * sum(sizes(cpu=False))
-    assert max(sizes(cpu=False)) == x.nbytes
+    print(name, arrays(cpu=True), arrays(cpu=False))
+    assert arrays(cpu=False) < 2.1 < 2.9 < arrays(cpu=True)
 
 
 def test_skeleton_of_the_starter_is_the_starter(starter):
