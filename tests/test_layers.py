@@ -219,11 +219,12 @@ def test_fuse_keeps_the_quantization_and_the_dtype_of_the_base():
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), MODES)
-def test_blocked_products_equal_mlx_quantized_products(mode, bits, group, monkeypatch):
-    base = quantized(mode, bits, group)
-    # Blocks of 5 rows: 96 rows leave a last block that is not full.
+@pytest.mark.parametrize("out", [96, 272])  # The backward goes by columns, or by rows.
+def test_blocked_products_equal_mlx_quantized_products(mode, bits, group, out, monkeypatch):
+    base = quantized(mode, bits, group, out)
+    # Blocks of 5 rows: neither number of rows is a multiple of that.
     monkeypatch.setattr("dora_mlx.kernels.frozen_weight.BLOCK_VALUES", 5 * 256)
-    x, d = mx.random.normal((17, 256)), mx.random.normal((17, 96))
+    x, d = mx.random.normal((17, 256)), mx.random.normal((17, out))
     stock = mx.quantized_matmul(
         x, base.weight, base.scales, base.get("biases"), True, group, bits, mode
     )
@@ -235,12 +236,13 @@ def test_blocked_products_equal_mlx_quantized_products(mode, bits, group, monkey
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6])
-def test_a_gain_of_the_weight_is_one_of_the_outputs(bits, monkeypatch):
-    # Blocks of 4 rows: 10 rows leave a last block that is not full.
+@pytest.mark.parametrize("out", [10, 70])
+def test_a_gain_of_the_weight_is_one_of_the_outputs(bits, out, monkeypatch):
+    # Blocks of 4 rows: neither number of rows is a multiple of that.
     monkeypatch.setattr("dora_mlx.kernels.frozen_weight.BLOCK_VALUES", 4 * 64)
-    base = nn.Linear(64, 10).to_quantized(32, bits)
-    x, gain = mx.random.normal((2, 5, 64)), mx.random.uniform(0.5, 2, (10,))
-    d = mx.random.normal((2, 5, 10))
+    base = nn.Linear(64, out).to_quantized(32, bits)
+    x, gain = mx.random.normal((2, 5, 64)), mx.random.uniform(0.5, 2, (out,))
+    d = mx.random.normal((2, 5, out))
     assert takes_gain(x, base)
     ours, (d_ours,) = mx.vjp(lambda x: frozen_product(x, base, gain), [x], [d])
     plain, (d_plain,) = mx.vjp(lambda x: gain * frozen_product(x, base), [x], [d])
