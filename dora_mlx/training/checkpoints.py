@@ -118,7 +118,8 @@ def check_space(folder: Path, trainable_bytes: int, keep: int) -> None:
 def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Path]]:
     """The newest intact checkpoint in ``folder``, if any, and the damaged ones passed over.
 
-    Damaged checkpoints are deleted, so that the run can write theirs again.
+    Damaged checkpoints newer than it are deleted, so that the run can write theirs again. Where
+    none is intact they stay: without them the run would look as if it had never had one.
 
     Raises:
         UserError: If one that would be used is of another version of this package.
@@ -127,8 +128,9 @@ def load_newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[Path]]
     for path in checkpoints_newest_first(folder):
         checkpoint = _read_checkpoint(path)
         if checkpoint is not None:
+            for one in damaged:
+                shutil.rmtree(one)
             return checkpoint, damaged
-        shutil.rmtree(path)
         damaged.append(path)
     return None, damaged
 
