@@ -53,6 +53,20 @@ def test_the_benchmark_covers_every_family_with_and_without_checkpointing():
     assert {(name, flag) for name in ("llama", "qwen3", "phi3") for flag in (True, False)} <= kinds
 
 
+@pytest.mark.parametrize("size", ["-3", "0", "nan"])
+def test_a_mac_without_memory_is_refused(size):
+    # It was planned for, with a limit below zero.
+    with pytest.raises(UserError, match="give a number such as 16"):
+        Machine.mac(float(size))
+
+
+def test_missing_data_is_told_without_the_model(tmp_path):
+    # It was planned as if there were none, with full windows.
+    config = TrainConfig(model="qwen3-0.6b-4bit", data=str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="There is no data at"):
+        plan_memory(config, thorough=True)
+
+
 def test_parts_that_stay_are_exact(starter):
     config = TrainConfig(model="starter")
     parts = plan_memory(config).parts

@@ -13,6 +13,7 @@ from dora_mlx.data.batches import padded_width
 from dora_mlx.data.cache import is_worth_keeping
 from dora_mlx.data.examples import Examples
 from dora_mlx.data.preparation import prepare, training_source
+from dora_mlx.data.records import find_data
 from dora_mlx.errors import UserError
 from dora_mlx.kernels.device import assuming_device, on_cpu
 from dora_mlx.loading import load_tokenizer
@@ -52,7 +53,12 @@ class Machine:
         """A Mac sold with so many gigabytes, of 2^30 bytes each.
 
         Metal recommends a GPU to work with two thirds of it up to 36 GB, and three quarters above.
+
+        Raises:
+            UserError: If it is not a size above 0.
         """
+        if not 0 < gigabytes < float("inf"):
+            raise UserError(f"A Mac has no {gigabytes:g} GB of memory: give a number such as 16.")
         share = 2 / 3 if gigabytes <= 36 else 3 / 4
         return cls(round(share * gigabytes * 2**30), cpu=False)
 
@@ -277,9 +283,12 @@ def _advice(
 
 def _examples(config: TrainConfig, facts: ModelFacts, thorough: bool) -> Examples | None:
     """The examples of a run, if its tokenizer is here and reading them takes no time."""
-    if facts.folder is None:
-        return None
     source = training_source(config)
+    if facts.folder is None:
+        if thorough and isinstance(source, Path):
+            # Nothing can be read without a tokenizer, but a name that is wrong can be told.
+            find_data(source)
+        return None
     if isinstance(source, Path):
         # What is missing is said where the data are read.
         large = source.exists() and is_worth_keeping(source)
