@@ -75,6 +75,18 @@ def test_a_stop_before_any_validation_says_so(trained, tmp_path):
     assert re.search(r"validation loss \d+\.\d{3} before training, none since, ", log)
 
 
+def test_the_last_line_names_the_best_validation_where_it_is_not_the_last(trained, tmp_path):
+    last = max(e["step"] for e in read_events(trained.path) if e["event"] == "validation")
+    bar = ProgressBar(RunFolder(tmp_path))
+    with bar:
+        for event in read_events(trained.path):
+            if event["event"] == "validation" and event["step"] == last:
+                bar.show({**event, "step": last - 1, "loss": 1.25})
+                event = {**event, "loss": 7.5}
+            bar.show(event)
+    assert f"-> 7.500, best 1.250 at step {last - 1}, " in (tmp_path / "log.txt").read_text()
+
+
 def test_chat_answers_once_compares_and_converses(trained, capsys, monkeypatch):
     assert chat.main(["--run", "r", "--prompt", "Hello!", "--max-tokens", "5"]) == 0
     once = capsys.readouterr().out

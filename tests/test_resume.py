@@ -31,6 +31,10 @@ def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(chat_file, tmp_path, 
     assert finetune(saved, parts, resume=True) == "completed"
     assert losses(parts) == losses(whole)
     assert same_arrays(final_arrays(parts), final_arrays(whole))
+    # A complete run that is resumed again writes no second checkpoint of its last step.
+    assert finetune(saved, parts, resume=True) == "completed"
+    saves = [e["step"] for e in read_events(parts.path) if e["event"] == "checkpoint"]
+    assert saves == sorted({stop, 2, config.steps})
 
 
 def test_run_killed_between_checkpoints_repeats_its_steps(chat_file, tmp_path):

@@ -119,7 +119,13 @@ class ProgressBar:
             return f"validation loss {self._validations[0][1]:.3f} before training, none since"
         # A run that goes on may have validated only once, at its end.
         ends = self._validations[:1] + self._validations[1:][-1:]
-        return "validation loss " + " -> ".join(f"{loss:.3f}" for _, loss in ends)
+        losses = "validation loss " + " -> ".join(f"{loss:.3f}" for _, loss in ends)
+        candidates = self._validations[1:]
+        step, best = min(candidates or ends, key=lambda validation: validation[1])
+        # The best of a run that went on may have been before.
+        if self._validations[0][0] > 0 or step == ends[-1][0]:
+            return losses
+        return f"{losses}, best {best:.3f} at step {step}"
 
 
 def describe(event: dict[str, Any]) -> str | None:

@@ -69,15 +69,16 @@ def save_checkpoint(
     optimizer: dict[str, mx.array],
     progress: Progress,
     keep: int,
-) -> Path:
+) -> Path | None:
     """Write a checkpoint into ``folder``, leave the newest ``keep`` and return the new one.
 
-    A step that already has its checkpoint keeps it: the state of a step never differs.
+    A step that already has its checkpoint keeps it, and nothing is returned: the state of a step
+    never differs.
     """
     folder.mkdir(exist_ok=True)
     target = folder / checkpoint_name(progress.step)
     if target.exists():
-        return target
+        return None
     temporary = folder / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

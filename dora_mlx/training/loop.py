@@ -126,7 +126,8 @@ class Trainer:
             self.progress,
             self.config.keep_checkpoints,
         )
-        self.log.write("checkpoint", step=self.progress.step, path=str(path))
+        if path is not None:
+            self.log.write("checkpoint", step=self.progress.step, path=str(path))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where the run stood at ``checkpoint``.
