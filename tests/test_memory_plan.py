@@ -114,6 +114,18 @@ def test_advice_names_flags_and_fit_takes_them():
         fit(config, facts, None, Machine(10**8, cpu=False))
 
 
+def test_fit_cuts_no_example_for_a_reserve():
+    config = TrainConfig(model="llama-3.2-1b-4bit", max_seq_length=1024)
+    facts = find_facts(config.model, ask_hub=False)
+    least = replace(config, batch_size=1, grad_accumulation_steps=4, grad_checkpoint=True)
+    needed = plan_for(least, facts, None, Machine(10**12, cpu=False)).peak
+    fitted = fit(config, facts, None, Machine(round(needed / 0.95), cpu=False))
+    assert (fitted.plan.verdict, fitted.config.max_seq_length) == ("tight", 1024)
+    assert fitted.config.batch_size == 1
+    shorter = fit(config, facts, None, Machine(round(needed / 1.05), cpu=False))
+    assert shorter.config.max_seq_length < 1024
+
+
 def test_advice_does_not_offer_the_checkpoints_that_are_on_by_default():
     config = TrainConfig(model="qwen3-14b-4bit")
     facts = find_facts(config.model, ask_hub=False)

@@ -132,19 +132,27 @@ def fit(
     """The first of these that fits: smaller batches, checkpointing, both, and a shorter window.
 
     The global batch stays the same: what a batch loses, ``grad_accumulation_steps`` gains.
+    Examples are not cut for a reserve: before that, the smallest batch may be ``tight``.
 
     Raises:
         UserError: If not even one short example fits, with the least that is needed.
     """
     machine = Machine.here() if machine is None else machine
     config = as_begun(config, facts)
-    plan = None
+    plan, fitted = None, None
     for candidate in _candidates(config):
+        if fitted is not None and candidate.max_seq_length < config.max_seq_length:
+            return fitted
         plan = _plan(candidate, facts, examples, machine)
+        if plan.verdict == "does not fit":
+            continue
+        before, after = config.to_dict(), candidate.to_dict()
+        changes = {name: after[name] for name in after if after[name] != before[name]}
+        fitted = FittedPlan(candidate, plan, changes)
         if plan.verdict == "fits":
-            before, after = config.to_dict(), candidate.to_dict()
-            changes = {name: after[name] for name in after if after[name] != before[name]}
-            return FittedPlan(candidate, plan, changes)
+            return fitted
+    if fitted is not None:
+        return fitted
     if plan is None:
         raise ValueError("the options themselves are the first candidate")
     raise UserError(
