@@ -115,6 +115,22 @@ def test_missing_package_is_said_before_anything_starts(chat_file, capsys, monke
     assert not Path("runs").exists()
 
 
+def test_without_an_account_wandb_says_so_before_anything_starts(
+    chat_file, capsys, monkeypatch, tmp_path
+):
+    wandb = pytest.importorskip("wandb")
+    # What it knows of the environment is read once.
+    wandb.teardown()
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    flags = ["--data", str(chat_file), "--run", "r", "--steps", "2", *QUICK]
+    assert train.main([*flags, "--report", "wandb"]) == 2
+    wandb.teardown()
+    assert "WANDB_MODE=offline" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_every_writer_is_an_extra_of_the_package():
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     for kind, (_, package) in WRITERS.items():

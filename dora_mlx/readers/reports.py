@@ -67,7 +67,7 @@ class WandB:
     def __init__(self, run: RunFolder, resumed_from: int | None):
         import wandb
 
-        try:
+        with _saying_what_wandb_lacks():
             self._run = wandb.init(
                 project=PROJECT,
                 name=run.name,
@@ -77,11 +77,6 @@ class WandB:
                 id=run_id(run),
                 resume="allow",
             )
-        except wandb.Error as error:
-            raise UserError(
-                f"Weights & Biases cannot start: {error}. Log in by `wandb login`, or set "
-                "WANDB_MODE=offline."
-            ) from error
 
     def draw(self, step: int, values: dict[str, float]) -> None:
         """As ``Writer``."""
@@ -90,6 +85,27 @@ class WandB:
     def close(self) -> None:
         """As ``Writer``."""
         self._run.finish()
+
+
+@contextmanager
+def _saying_what_wandb_lacks() -> Iterator[None]:
+    import wandb
+
+    try:
+        yield
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases cannot start: {str(error).rstrip('.')}. Or set WANDB_MODE=offline, "
+            "which needs no account."
+        ) from error
+
+
+def _log_in_to_wandb() -> None:
+    """Ask for what is missing before a run is there that would be left behind."""
+    import wandb
+
+    with _saying_what_wandb_lacks():
+        wandb.login()
 
 
 class Trackio:
@@ -155,7 +171,8 @@ def reports(kinds: list[str], run: RunFolder) -> Iterator[list[Report]]:
     """A reader for every program in ``kinds``, closed at the end of the block.
 
     Raises:
-        UserError: Naming the packages that are missing.
+        UserError: Naming the packages that are missing; or nobody is logged in to Weights &
+            Biases.
     """
     missing = [kind for kind in kinds if importlib.util.find_spec(WRITERS[kind][1]) is None]
     if missing:
@@ -163,5 +180,7 @@ def reports(kinds: list[str], run: RunFolder) -> Iterator[list[Report]]:
             f"--report {' '.join(missing)} needs a package that is not installed: "
             f"pip install 'dora-mlx[{','.join(missing)}]'."
         )
+    if "wandb" in kinds:
+        _log_in_to_wandb()
     with ExitStack() as held:
         yield [held.enter_context(closing(Report(kind, run))) for kind in kinds]

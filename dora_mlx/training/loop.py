@@ -28,7 +28,7 @@ from dora_mlx.training.optimizer import GroupedOptimizer
 from dora_mlx.training.schedule import learning_rate_at
 from dora_mlx.training.workers import Workers
 
-# A run that meets this many steps in a row without a finite loss will not recover.
+# A run that meets this many steps in a row without a finite gradient will not recover.
 SKIPS_BEFORE_GIVING_UP = 5
 
 
@@ -96,7 +96,7 @@ class Trainer:
         Before every step ``should_stop`` is asked. The last state is in a checkpoint in any case.
 
         Raises:
-            DivergedError: After several steps in a row without a finite loss.
+            DivergedError: After several steps in a row without a finite loss and gradient.
         """
         if self.progress.step == 0:
             self._validate()
@@ -240,9 +240,9 @@ class Trainer:
         )
         if skipped >= SKIPS_BEFORE_GIVING_UP:
             raise DivergedError(
-                f"Stopped at step {step}: {skipped} steps in a row without a finite loss. "
-                "Lower --learning-rate (a tenth is a good next try) and start again; the best "
-                "adapter so far is kept."
+                f"Stopped at step {step}: {skipped} steps in a row without a finite loss and "
+                "gradient. Lower --learning-rate (a tenth is a good next try) and start again; "
+                "what was saved so far is kept."
             )
         return skipped
 
