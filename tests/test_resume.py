@@ -53,6 +53,8 @@ def test_run_killed_between_checkpoints_repeats_its_steps(chat_file, tmp_path):
     finetune(TrainConfig.from_file(parts.config_file), parts, resume=True)
     assert losses(parts) == losses(whole)
     assert same_arrays(final_arrays(parts), final_arrays(whole))
+    lines = (parts.path / "events.jsonl").read_text().splitlines()
+    assert all({"event", "time"} <= json.loads(line).keys() for line in lines)
 
 
 def test_damaged_checkpoint_is_passed_over_with_a_word(chat_file, tmp_path):

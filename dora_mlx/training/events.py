@@ -6,6 +6,7 @@ since the epoch). The progress bar is one reader of it and the app another.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -38,7 +39,7 @@ class EventLog:
         self._file: TextIO | None = None
         if folder is not None:
             path = folder / EVENTS_FILE
-            _end_last_line(path)
+            _drop_open_line(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> "EventLog":
@@ -150,11 +151,8 @@ def recent_loss(losses: Iterable[float | None]) -> float | None:
     return sum(finite) / len(finite) if finite else None
 
 
-def _end_last_line(path: Path) -> None:
-    """Close a line that a crash left open, so that the next event gets a line of its own."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with open(path, "rb+") as file:
-        file.seek(-1, 2)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
+def _drop_open_line(path: Path) -> None:
+    """Take away what a crash left of a line, so that every line is JSON when the run goes on."""
+    if path.exists():
+        written = path.read_bytes()
+        os.truncate(path, written.rfind(b"\n") + 1)
