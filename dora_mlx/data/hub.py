@@ -1,5 +1,6 @@
 """Data sets of the Hub, through the ``datasets`` package."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from dora_mlx.registry import FIRST_ANSWER_SECONDS
 
 if TYPE_CHECKING:
     import datasets
+
+# Whether to go to the network is one setting of the ``datasets`` package for all threads.
+_asking_now = threading.RLock()
 
 _SPLITS = {"train": "train", "validation": "valid", "valid": "valid", "dev": "valid"}
 
@@ -51,6 +55,7 @@ def _asking(name: str) -> Iterator[Any]:
     package = _datasets()
     from huggingface_hub import errors
 
+    _asking_now.acquire()
     offline = package.config.HF_HUB_OFFLINE
     try:
         # It tries a network that is not there six times for every file.
@@ -69,6 +74,7 @@ def _asking(name: str) -> Iterator[Any]:
         raise UserError(f"The data set {name} cannot be loaded: {first}.") from error
     finally:
         package.config.HF_HUB_OFFLINE = offline
+        _asking_now.release()
 
 
 def _is_hub_there(name: str) -> bool:

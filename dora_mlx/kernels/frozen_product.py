@@ -31,7 +31,8 @@ _DEPTH_OF_DEQUANTIZING = 14  # Operations one after the other, and some.
 def frozen_product(x: mx.array, base: nn.Module, gain: mx.array | None = None) -> mx.array:
     """``x W^T``: ``[..., in] -> [..., out]`` in the dtype of x; differentiable in x only.
 
-    With experts, each multiplies its own: ``[experts, rows, in] -> [experts, rows, out]``.
+    With experts, each multiplies its own: ``[experts, rows, in] -> [experts, rows, out]``; on the
+    CPU without a gradient.
 
     Args:
         x: The input.

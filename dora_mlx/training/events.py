@@ -153,6 +153,7 @@ def recent_loss(losses: Iterable[float | None]) -> float | None:
 
 def _drop_open_line(path: Path) -> None:
     """Take away what a crash left of a line, so that every line is JSON when the run goes on."""
-    if path.exists():
+    if path.is_file():
         written = path.read_bytes()
-        os.truncate(path, written.rfind(b"\n") + 1)
+        if not written.endswith(b"\n"):
+            os.truncate(path, written.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""What is one operation on a GPU, for a plan, whose graph is made of the CPU's operations."""
+"""What is one operation on a GPU, for a plan that is made where it may be many."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def planned_operations() -> Iterator[None]:
     """Within the block a plan for a GPU has norms and rotations as a GPU has them.
 
     They are one operation forward and one backward, which have other values here, in arrays of the
-    right sizes. MLX's CPU backend makes them of many, with float32 arrays between them.
+    right sizes, on every machine. The CPU makes them of many, with float32 arrays between them.
     """
     if on_cpu():
         yield

@@ -56,12 +56,6 @@ class BatchShape:
 
 def predict(facts: ModelFacts, config: TrainConfig, batch: BatchShape) -> dict[str, int]:
     """Bytes of every part at the peak of a step, in the order of ``PARTS``."""
-    # The same graph on every machine.
-    with mx.stream(mx.cpu):
-        return _predict(facts, config, batch)
-
-
-def _predict(facts: ModelFacts, config: TrainConfig, batch: BatchShape) -> dict[str, int]:
     with nothing_evaluated():
         model = build_skeleton(facts)
         kinds = [_kind_of(block) for block in model.layers]
