@@ -257,7 +257,10 @@ def test_what_would_round_or_read_more_takes_no_gain(dtype, mode):
     base = nn.Linear(64, 10)
     if mode is not None:
         base = base.to_quantized(32, 4, mode=mode)
-    assert not takes_gain(mx.zeros((2, 5, 64), dtype), base)
+    x = mx.zeros((2, 5, 64), dtype)
+    assert not takes_gain(x, base)
+    with pytest.raises(ValueError, match="take a gain"):
+        frozen_product(x, base, mx.ones(10))
 
 
 def test_only_the_adapter_is_trainable_and_dropout_stops_in_evaluation():

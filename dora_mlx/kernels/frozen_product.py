@@ -37,8 +37,13 @@ def frozen_product(x: mx.array, base: nn.Module, gain: mx.array | None = None) -
     Args:
         x: The input.
         base: The layer that holds W.
-        gain: What every output is multiplied by: ``[out]``; only where ``takes_gain`` holds.
+        gain: What every output is multiplied by: ``[out]``.
+
+    Raises:
+        ValueError: For a gain where ``takes_gain`` does not hold.
     """
+    if gain is not None and not takes_gain(x, base):
+        raise ValueError("only packed rows that are dequantized for a product take a gain")
     if not is_quantized(base):
         weight = mx.stop_gradient(base["weight"])
         if is_convolution(base):

@@ -51,8 +51,8 @@ def kernel_runs(name: str, trial: Callable[[], float]) -> bool:
 
 def kernels_planned() -> bool:
     """Whether a plan is being made for where the kernels run, which need not be here."""
-    forced = _forced_choice() == "reference"
-    return planning_for_gpu() and not forced and not mx.cuda.is_available()
+    refused = _forced_choice() == "reference" or mx.cuda.is_available()
+    return planning_for_gpu() and not refused
 
 
 def use_metal() -> bool:

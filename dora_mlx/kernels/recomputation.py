@@ -70,6 +70,15 @@ def later(arrays: list[mx.array], *cotangents: mx.array) -> list[mx.array]:
     return cast(list[mx.array], mx.depends(arrays, list(cotangents)))
 
 
+def together(gradients: list[mx.array]) -> tuple[mx.array, ...]:
+    """The same arrays, none of them available before all are.
+
+    A backward goes on with the gradient of an input, and may come to those of parameters at its
+    end: until then what they need, such as the inputs of every layer, is kept.
+    """
+    return tuple(mx.depends(gradients, gradients))
+
+
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, whose backward computes it again from its arguments alone.
 
@@ -138,13 +147,10 @@ def product(x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
     @forward.vjp
     def backward(
         primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], _: Any
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array, ...]:
         cotangent, others = cotangents
         rows = recipe(cotangent).reshape(-1, width)
         d_x = mx.addmm(others, cotangent, primals[1].T)
-        d_a = rows.T @ cotangent.reshape(len(rows), -1)
-        # Together, or every layer's rows would be kept until the backward comes to parameters.
-        d_x, d_a = mx.depends([d_x, d_a], [d_x, d_a])
-        return d_x, d_a
+        return together([d_x, rows.T @ cotangent.reshape(len(rows), -1)])
 
     return cast(tuple[mx.array, mx.array], forward(x, a))

@@ -22,6 +22,7 @@ from dora_mlx.kernels.gain_backward import (
     gain_backward,
     magnitude_gradient,
 )
+from dora_mlx.kernels.recomputation import together
 from dora_mlx.kernels.row_norm import (
     AdaptedNorm,
     RowNorm,
@@ -85,10 +86,7 @@ def dora_product(
                 cotangent, scaled, magnitude, norm, experts
             )
         _, d_inputs = mx.vjp(lambda *given: _sum(own_terms(*given)), own_inputs, [d_direction])
-        # All together: a backward goes on with the gradients of inputs, and what those of
-        # parameters need would be kept until it comes to them.
-        gradients = [d_magnitude, *d_inputs]
-        return tuple(mx.depends(gradients, gradients))
+        return together([d_magnitude, *d_inputs])
 
     return cast(mx.array, product(magnitude, *inputs))
 
