@@ -55,26 +55,25 @@ def _asking(name: str) -> Iterator[Any]:
     package = _datasets()
     from huggingface_hub import errors
 
-    _asking_now.acquire()
-    offline = package.config.HF_HUB_OFFLINE
-    try:
-        # It tries a network that is not there six times for every file.
-        package.config.HF_HUB_OFFLINE = offline or not _is_hub_there(name)
-        yield package
-    except ConnectionError as error:
-        raise UserError(
-            f"The data set {name} is not downloaded and the Hub cannot be reached: connect and "
-            "try again, or give a file."
-        ) from error
-    except (
-        OSError, ValueError, RuntimeError, package.exceptions.DatasetsError,
-        errors.HTTPError,  # type: ignore[attr-defined]
-    ) as error:  # fmt: skip
-        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(f"The data set {name} cannot be loaded: {first}.") from error
-    finally:
-        package.config.HF_HUB_OFFLINE = offline
-        _asking_now.release()
+    with _asking_now:
+        offline = package.config.HF_HUB_OFFLINE
+        try:
+            # It tries a network that is not there six times for every file.
+            package.config.HF_HUB_OFFLINE = offline or not _is_hub_there(name)
+            yield package
+        except ConnectionError as error:
+            raise UserError(
+                f"The data set {name} is not downloaded and the Hub cannot be reached: connect and "
+                "try again, or give a file."
+            ) from error
+        except (
+            OSError, ValueError, RuntimeError, package.exceptions.DatasetsError,
+            errors.HTTPError,  # type: ignore[attr-defined]
+        ) as error:  # fmt: skip
+            first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"The data set {name} cannot be loaded: {first}.") from error
+        finally:
+            package.config.HF_HUB_OFFLINE = offline
 
 
 def _is_hub_there(name: str) -> bool:
