@@ -15,7 +15,7 @@ LoRA.
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -36,9 +36,9 @@ from dora_mlx.adapters.attach import attach
 from dora_mlx.data.batches import Batch
 from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.layers import hoisted_norms
-from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import ChunkedLoss, plain_loss_sum
+from dora_mlx.training.recomputed_blocks import recomputed_blocks
 
 RANK, ALPHA, TOKENS = 8, 16.0, 512
 # Tokens and ranks where the norm, whose cost does not fall with the tokens, shows most.
@@ -220,8 +220,10 @@ def _step_job(
     def job() -> object:
         with ExitStack() as stack:
             stack.enter_context(hoisted_norms(model))
-            stack.enter_context(lean_backward() if variant == AS_TRAINED else nullcontext())
-            stack.enter_context(checkpointed_blocks(model) if checkpointing else nullcontext())
+            if variant == AS_TRAINED:
+                stack.enter_context(lean_backward(model, checkpointing))
+            elif checkpointing:
+                stack.enter_context(recomputed_blocks(model, keep=False))
             value, gradients = function(batch)
         optimizer.update(model, gradients)
         return value, model.trainable_parameters(), optimizer.state

@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 from dora_mlx.data.batches import BatchStream, make_batch, make_packed_batch
 from dora_mlx.data.examples import Example
 from dora_mlx.data.packing import pack
-from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.loss import ChunkedLoss, plain_loss_sum
 from dora_mlx.training.packed_attention import PackedRows, attention_arguments, why_not_packed
+from dora_mlx.training.recomputed_blocks import recomputed_blocks
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
@@ -73,7 +73,7 @@ def test_chunked_loss_and_recomputed_blocks_pack_as_well():
     batch = make_packed_batch([examples()])
     model.train()
     expected, gradients = nn.value_and_grad(model, plain_loss_sum)(model, batch)
-    with checkpointed_blocks(model):
+    with recomputed_blocks(model, keep=False):
         loss, others = nn.value_and_grad(model, ChunkedLoss())(model, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     others = dict(tree_flatten(others))

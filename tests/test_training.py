@@ -25,9 +25,9 @@ from dora_mlx.registry import models_dir
 from dora_mlx.run_folder import RunFolder
 from dora_mlx.training.events import read_events
 from dora_mlx.training.finetune import finetune
-from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.loss import plain_loss_sum
 from dora_mlx.training.optimizer import GroupedOptimizer
+from dora_mlx.training.recomputed_blocks import recomputed_blocks
 from dora_mlx.training.schedule import learning_rate_at
 
 
@@ -239,7 +239,7 @@ def test_checkpointed_blocks_give_the_same_gradients_in_less_memory(starter):
 
     with hoisted_norms(starter.model):
         loss, plain, plain_peak = gradients()
-        with checkpointed_blocks(starter.model):
+        with recomputed_blocks(starter.model, keep=False):
             checkpointed_loss, checkpointed, peak = gradients()
     assert checkpointed_loss == loss
     assert plain.keys() == checkpointed.keys()

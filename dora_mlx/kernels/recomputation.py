@@ -1,76 +1,192 @@
-"""Inputs that a backward computes again instead of keeping.
+"""Functions whose backward keeps what is dear to compute and computes the rest again.
 
-The gradient of A needs the input of the layer. That is often the result of a norm or of an
-activation, cheap to compute from what the backward keeps anyway, and as large as the products. So
-who computes it leaves a recipe, and who needs it in the backward follows that.
+Of what a transformer block makes, the results of matrix products are dear. Norms, rotations,
+activations and sums take a fraction of its time to compute again and most of its memory to keep:
+selective activation recomputation (arXiv 2205.05198, section 5), by what a block calls and not by
+its architecture. With nothing kept it is gradient checkpointing (arXiv 1604.06174).
 """
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
 
-# From the cotangent at which a backward has come to need an array, to the array.
-Recipe = Callable[[mx.array], mx.array]
+Arrays = list[mx.array]
+Compute = Callable[[], Arrays]
 
-# By identity of the array, for as long as the model's code refers to it.
-_recipes: dict[int, tuple[weakref.ref[mx.array], Recipe]] = {}
+# How the results of ``kept`` come about in a ``recomputed`` function.
+_way: ContextVar[Callable[[Compute], Arrays] | None] = ContextVar("way", default=None)
 
 
-def remembered(
-    function: Callable[..., mx.array], anew: Callable[..., mx.array] | None = None
-) -> Callable[..., mx.array]:
-    """``function``, whose results ``recipe_of`` knows.
+def recomputed(function: Callable[..., Any], keep: bool = False) -> Callable[..., Any]:
+    """``function``, whose backward computes it again from its arguments.
+
+    ``mx.checkpoint`` lets that begin as soon as the forward has ended, and MLX then has the insides
+    of several blocks in memory at a time. Here it begins when the cotangents are there.
 
     Args:
-        function: Its arguments are kept by the recipe; positional arrays are what it depends on.
-        anew: What the recipe computes with the same arguments; ``function`` itself by default.
+        function: Arguments and result are trees of arrays and other things.
+        keep: Whether the backward has what is ``kept`` in the function from its forward.
     """
 
     @wraps(function)
-    def call(*arguments: Any, **options: Any) -> mx.array:
-        sources = [recipe_of(x) if isinstance(x, mx.array) else None for x in arguments]
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arrays, rebuild = flattened([args, kwargs])
+        rebuild_result: Any = None
+        rebuild_kept: Any = None
+        count = 0
 
-        def recipe(cotangent: mx.array) -> mx.array:
-            own = [
-                x if source is None else source(cotangent)
-                for x, source in zip(arguments, sources, strict=True)
-            ]
-            return (anew or function)(*own, **options)
+        def of_arrays(*arrays: mx.array) -> Arrays:
+            nonlocal rebuild_result
+            own_args, own_kwargs = rebuild(list(arrays))
+            results, rebuild_result = flattened(function(*own_args, **own_kwargs))
+            return results
 
-        return remember(function(*arguments, **options), recipe)
+        @mx.custom_function
+        def forward(*arrays: mx.array) -> Arrays:
+            nonlocal rebuild_kept, count
+            with _noted(keep) as notes:
+                results = of_arrays(*arrays)
+            count = len(results)
+            kept_results, rebuild_kept = flattened(notes)
+            return results + kept_results
+
+        @forward.vjp
+        def backward(primals: Any, cotangents: Arrays, outputs: Arrays) -> Any:
+            inputs = [primals] if isinstance(primals, mx.array) else list(primals)
+            own = cotangents[:count]
+            now = later([*inputs, *outputs[count:]], *own)
+
+            def again(*arrays: mx.array) -> Arrays:
+                with _found(rebuild_kept(arrays[len(inputs) :])) if keep else nullcontext():
+                    return of_arrays(*arrays[: len(inputs)])
+
+            gradients = gradients_of(again, now[: len(inputs)], own, now[len(inputs) :])
+            return tuple(gradients) if len(gradients) > 1 else gradients[0]
+
+        results = forward(*arrays)[:count]
+        return rebuild_result(results)
 
     return call
 
 
-def remember(result: mx.array, recipe: Recipe) -> mx.array:
-    """``result``, which ``recipe_of`` knows for as long as anything in Python refers to it."""
-    key = id(result)
-    _recipes[key] = weakref.ref(result, lambda _: _recipes.pop(key, None)), recipe
-    return result
+def kept(compute: Compute) -> Arrays:
+    """``compute()``, which the backward of a ``recomputed`` function does not do again.
 
-
-def recipe_of(x: mx.array) -> Recipe:
-    """How a backward gets ``x``: computed again if its maker was ``remembered``, else as it is.
-
-    Either way it depends on the cotangent. Without that, mx.compile finds the operations of the
-    forward again and keeps their results after all.
+    For the forward of an ``mx.custom_function``: no gradient goes through what was kept.
     """
-    known = _recipes.get(id(x))
-    if known is not None and known[0]() is x:
-        return known[1]
-    return lambda cotangent: later([x], cotangent)[0]
+    way = _way.get()
+    return compute() if way is None else way(compute)
 
 
-def later(arrays: list[mx.array], *cotangents: mx.array) -> list[mx.array]:
+def dear(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """``function``, whose result is ``kept``; its own backward computes what it needs again.
+
+    Args:
+        function: Arguments are trees of arrays and other things; the result is an array.
+    """
+
+    @wraps(function)
+    def call(*args: Any) -> mx.array:
+        if _way.get() is None:
+            return function(*args)
+        arrays, rebuild = flattened(list(args))
+
+        def of_arrays(*arrays: mx.array) -> Arrays:
+            # Of which expert there is no gradient.
+            floats = [
+                a if mx.issubdtype(a.dtype, mx.inexact) else mx.stop_gradient(a) for a in arrays
+            ]
+            return [function(*rebuild(floats))]
+
+        @mx.custom_function
+        def forward(*arrays: mx.array) -> Arrays:
+            return kept(lambda: of_arrays(*arrays))
+
+        @forward.vjp
+        def backward(primals: Any, cotangents: Arrays, _: Any) -> Any:
+            inputs = [primals] if isinstance(primals, mx.array) else list(primals)
+            gradients = gradients_of(of_arrays, inputs, cotangents)
+            return together(gradients) if len(gradients) > 1 else gradients[0]
+
+        return forward(*arrays)[0]
+
+    return call
+
+
+@contextmanager
+def _noted(wanted: bool) -> Iterator[list[Arrays]]:
+    """Within the block what is ``kept`` is computed, and noted if that is wanted."""
+    notes: list[Arrays] = []
+
+    def note(compute: Compute) -> Arrays:
+        with _by(None):
+            notes.append(compute())
+        return notes[-1]
+
+    with _by(note if wanted else None):
+        yield notes
+
+
+@contextmanager
+def _found(notes: list[Arrays]) -> Iterator[None]:
+    """Within the block what is ``kept`` is what was noted in one like it.
+
+    Raises:
+        RuntimeError: If something else is asked for than was noted.
+    """
+    left = list(reversed(notes))
+
+    def find(_: Compute) -> Arrays:
+        if not left:
+            raise RuntimeError("a function that is computed again has more products than before")
+        return left.pop()
+
+    with _by(find):
+        yield
+    if left:
+        raise RuntimeError("a function that is computed again has fewer products than before")
+
+
+@contextmanager
+def _by(way: Callable[[Compute], Arrays] | None) -> Iterator[None]:
+    token = _way.set(way)
+    try:
+        yield
+    finally:
+        _way.reset(token)
+
+
+def later(arrays: Arrays, *cotangents: mx.array) -> Arrays:
     """The same arrays, available only when the backward has come to ``cotangents``."""
-    return cast(list[mx.array], mx.depends(arrays, list(cotangents)))
+    return cast(Arrays, mx.depends(arrays, list(cotangents)))
 
 
-def together(gradients: list[mx.array]) -> tuple[mx.array, ...]:
+def gradients_of(
+    function: Callable[..., Arrays],
+    inputs: Sequence[mx.array],
+    cotangents: Arrays,
+    constants: Sequence[mx.array] = (),
+) -> Arrays:
+    """Gradients of ``function(*inputs, *constants)`` with respect to the inputs.
+
+    ``mx.vjp`` walks through all that a result was made of, down to its arguments. An array that a
+    function has from elsewhere leads it, in the backward of a deep model, through all of the
+    model; as a constant it does not.
+    """
+    count = len(inputs)
+
+    def of_all(*arrays: mx.array) -> Arrays:
+        return function(*arrays[:count], *map(mx.stop_gradient, arrays[count:]))
+
+    return mx.vjp(of_all, [*inputs, *constants], cotangents)[1][:count]
+
+
+def together(gradients: Arrays) -> tuple[mx.array, ...]:
     """The same arrays, none of them available before all are.
 
     A backward goes on with the gradient of an input, and may come to those of parameters at its
@@ -79,44 +195,9 @@ def together(gradients: list[mx.array]) -> tuple[mx.array, ...]:
     return tuple(mx.depends(gradients, gradients))
 
 
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose backward computes it again from its arguments alone.
-
-    ``mx.checkpoint`` lets that begin as soon as the forward has ended, and MLX then has the insides
-    of several blocks in memory at a time. Here it begins when the cotangents are there.
-
-    Args:
-        function: Arguments and result are trees of arrays and other things.
-    """
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        arrays, rebuild = flattened([args, kwargs])
-        rebuild_result: Any = None
-
-        def of_arrays(*arrays: mx.array) -> list[mx.array]:
-            nonlocal rebuild_result
-            own_args, own_kwargs = rebuild(list(arrays))
-            results, rebuild_result = flattened(function(*own_args, **own_kwargs))
-            return results
-
-        forward = mx.custom_function(of_arrays)
-
-        @forward.vjp
-        def backward(primals: Any, cotangents: list[mx.array], _: Any) -> Any:
-            inputs = [primals] if isinstance(primals, mx.array) else list(primals)
-            gradients = mx.vjp(of_arrays, later(inputs, *cotangents), cotangents)[1]
-            return tuple(gradients) if len(gradients) > 1 else gradients[0]
-
-        results = forward(*arrays)
-        return rebuild_result(results)
-
-    return call
-
-
-def flattened(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
+def flattened(tree: Any) -> tuple[Arrays, Callable[[Arrays], Any]]:
     """The arrays in a tree, in order, and how to build a tree like it from others."""
-    leaves: list[mx.array] = []
+    leaves: Arrays = []
 
     def take(value: Any) -> Any:
         if isinstance(value, mx.array):
@@ -125,7 +206,7 @@ def flattened(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any
 
     tree_map(take, tree)
 
-    def rebuild(arrays: list[mx.array]) -> Any:
+    def rebuild(arrays: Arrays) -> Any:
         left = iter(arrays)
         return tree_map(lambda v: next(left) if isinstance(v, mx.array) else v, tree)
 
@@ -135,22 +216,22 @@ def flattened(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any
 def product(x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
     """``x @ a``: ``[..., in] x [in, out] -> [..., out]``, and x for who else needs it.
 
-    The backward follows the recipe of x. To what the other makes of the second result the gradient
-    of x adds that of the product in place, where two uses of x would be two arrays and their sum.
+    To what the other makes of the second result the gradient of x adds that of the product in
+    place, where two uses of x would be two arrays and their sum.
     """
-    recipe, width = recipe_of(x), x.shape[-1]
 
     @mx.custom_function
     def forward(x: mx.array, a: mx.array) -> tuple[mx.array, mx.array]:
-        return x @ a, x
+        return kept(lambda: [x @ a])[0], x
 
     @forward.vjp
     def backward(
         primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], _: Any
     ) -> tuple[mx.array, ...]:
+        x, a = primals
         cotangent, others = cotangents
-        rows = recipe(cotangent).reshape(-1, width)
-        d_x = mx.addmm(others, cotangent, primals[1].T)
+        d_x = mx.addmm(others, cotangent, a.T)
+        rows = x.reshape(-1, x.shape[-1])
         return together([d_x, rows.T @ cotangent.reshape(len(rows), -1)])
 
     return cast(tuple[mx.array, mx.array], forward(x, a))

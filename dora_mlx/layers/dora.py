@@ -7,7 +7,7 @@ as ``||W||_row``; s = alpha / rank. The norm runs over the input axis of each ou
 paper's column norm in MLX's weight layout) and gets no gradient (section 4.3).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -22,7 +22,7 @@ from dora_mlx.kernels.gain_backward import (
     gain_backward,
     magnitude_gradient,
 )
-from dora_mlx.kernels.recomputation import together
+from dora_mlx.kernels.recomputation import gradients_of, kept, together
 from dora_mlx.kernels.row_norm import (
     AdaptedNorm,
     RowNorm,
@@ -42,7 +42,7 @@ def dora_product(
     bias: mx.array | None = None,
     experts: mx.array | None = None,
     forward: Terms | None = None,
-    backward: Callable[[mx.array], Terms] | None = None,
+    backward: Terms | None = None,
 ) -> mx.array:
     """``m / norm * (x W^T + s (x A) B)``: ``[..., out]`` in the dtype of the terms.
 
@@ -54,19 +54,20 @@ def dora_product(
         bias: The bias ``[out]`` that ``terms`` contains, which is not to be scaled.
         experts: Which row of m each ``[1, out]`` of the output takes: indices ``[...]``.
         forward: Another way to what ``terms`` gives, for the forward alone; not kept after it.
-        backward: Gives the terms times a gain ``[out]``, where that costs less than a gain of all
-            outputs; for the backward alone.
+        backward: Gives the terms times a gain ``[out]``, its last argument, where that costs less
+            than a gain of all outputs; for the backward alone.
 
     Differentiable in the inputs and m. The sum and the gain are float32 and only y is rounded, so
     that a magnitude change of 0.1 % moves a bfloat16 output; rounded before the gain, it would
-    round back to where it was. The backward keeps the inputs and y, and nothing of the size of W:
+    round back to where it was. The backward needs the inputs and y, and nothing of the size of W:
     y is linear in m, hence dL/dm_j = sum_t d_tj y_tj / m_j.
     """
     forward = terms if forward is None else forward
 
     @mx.custom_function
     def product(magnitude: mx.array, *inputs: mx.array) -> mx.array:
-        return _with_gain(forward(*inputs), _gain(magnitude, norm, experts), bias)
+        gain = _gain(magnitude, norm, experts)
+        return kept(lambda: [_with_gain(forward(*inputs), gain, bias)])[0]
 
     @product.vjp
     def product_vjp(
@@ -74,18 +75,21 @@ def dora_product(
     ) -> tuple[mx.array, ...]:
         magnitude, *own_inputs = primals
         scaled, own_terms = y if bias is None else y - bias, terms
+        constants: list[mx.array] = []
         if backward is not None:
             d_magnitude = magnitude_gradient(cotangent, scaled, magnitude)
             # After that y is needed no more, and what follows may have its memory.
             (d_direction,) = mx.depends([cotangent], [d_magnitude])
-            own_terms = backward(_gain(magnitude, norm, experts))
+            own_terms, constants = backward, [_gain(magnitude, norm, experts)]
         elif experts is None:
             d_direction, d_magnitude = gain_backward(cotangent, scaled, magnitude, norm)
         else:
             d_direction, d_magnitude = expert_gain_backward(
                 cotangent, scaled, magnitude, norm, experts
             )
-        _, d_inputs = mx.vjp(lambda *given: _sum(own_terms(*given)), own_inputs, [d_direction])
+        d_inputs = gradients_of(
+            lambda *given: [_sum(own_terms(*given))], own_inputs, [d_direction], constants
+        )
         return together([d_magnitude, *d_inputs])
 
     return cast(mx.array, product(magnitude, *inputs))

@@ -76,7 +76,7 @@ class DoRALinear(DoRA, _AdaptedLinear):
             return super()._combine(terms, inputs, bias, experts)
         if norm is None:
             norm, forward = self._norm_and_forward(inputs[0])
-        backward = self._terms_with if takes_gain(inputs[0], self.base) else None
+        backward = self._terms_with_gain if takes_gain(inputs[0], self.base) else None
         return dora_product(terms, inputs, self.magnitude, norm, forward=forward, backward=backward)
 
     def _norm_and_forward(self, x: mx.array) -> tuple[mx.array, Terms]:
@@ -90,11 +90,8 @@ class DoRALinear(DoRA, _AdaptedLinear):
 
         return norm, forward
 
-    def _terms_with(self, gain: mx.array) -> Terms:
+    def _terms_with_gain(
+        self, x: mx.array, low_rank: mx.array, lora_b: mx.array, gain: mx.array
+    ) -> list[mx.array]:
         """The terms times ``gain``, which is multiplied into W and B."""
-
-        def terms(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
-            frozen = frozen_product(x, self.base, gain)
-            return self._with_update(frozen, low_rank, gain * lora_b)
-
-        return terms
+        return self._with_update(frozen_product(x, self.base, gain), low_rank, gain * lora_b)

@@ -23,6 +23,7 @@ from dora_mlx.kernels.frozen_weight import (
     weight_shape,
     with_weight,
 )
+from dora_mlx.kernels.recomputation import dear
 from dora_mlx.kernels.row_norm import Update, updated_rows
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class LoRA(LowRankLayer):
         bias: mx.array | None = None,
         experts: mx.array | None = None,
     ) -> mx.array:
-        return reduce(mx.add, terms(*inputs))
+        return dear(lambda *inputs: reduce(mx.add, terms(*inputs)))(*inputs)
 
 
 def uniform(inputs: int, shape: tuple[int, ...]) -> mx.array:

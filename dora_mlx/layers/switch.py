@@ -10,6 +10,7 @@ import mlx.nn as nn
 from dora_mlx.kernels.device import on_cpu
 from dora_mlx.kernels.frozen_product import gathered_product
 from dora_mlx.kernels.frozen_weight import weight_shape
+from dora_mlx.kernels.recomputation import dear
 from dora_mlx.kernels.row_norm import Update
 from dora_mlx.layers.dora import DoRA
 from dora_mlx.layers.lora import LoRA, LowRankLayer, uniform
@@ -33,7 +34,7 @@ class _AdaptedSwitchLinear(LowRankLayer):
             sorted_indices: Whether the indices ascend.
         """
 
-        def gathered(x: mx.array, factor: mx.array) -> mx.array:
+        def gathered(x: mx.array, factor: mx.array, indices: mx.array) -> mx.array:
             # MLX's CPU backend gathers in float32 alone.
             dtype = mx.float32 if on_cpu() else x.dtype
             return mx.gather_mm(
@@ -43,12 +44,15 @@ class _AdaptedSwitchLinear(LowRankLayer):
                 sorted_indices=sorted_indices,
             ).astype(x.dtype)
 
-        def terms(x: mx.array, low_rank: mx.array, lora_b: mx.array) -> list[mx.array]:
+        def terms(
+            x: mx.array, low_rank: mx.array, lora_b: mx.array, indices: mx.array
+        ) -> list[mx.array]:
+            indices = mx.stop_gradient(indices)
             frozen = gathered_product(x, self.base, indices, sorted_indices)
-            return [frozen, gathered(low_rank, self.scale * lora_b)]
+            return [frozen, gathered(low_rank, self.scale * lora_b, indices)]
 
-        low_rank = gathered(self.dropout(x), self.lora_a)
-        y = self._combine(terms, (x, low_rank, self.lora_b), experts=indices)
+        low_rank = dear(gathered)(self.dropout(x), self.lora_a, indices)
+        y = self._combine(terms, (x, low_rank, self.lora_b, indices), experts=indices)
         return y + self.base["bias"][indices][..., None, :] if "bias" in self.base else y
 
 

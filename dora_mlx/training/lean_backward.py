@@ -1,12 +1,12 @@
 """Keep for the backward what is dear to recompute, and recompute what is cheap.
 
 Autodiff keeps every intermediate array. The results of matrix products are worth it; attention
-probabilities (``[batch, heads, length, length]`` in every layer) and the insides of activation
-functions are not: they cost a fraction of a block to compute again and most of its memory to keep.
-Inside ``lean_backward`` the functions that mlx-lm's models call for them keep their inputs only,
-and what norms, rotations and activations give is computed again where the gradient of an adapter
-or of attention needs it (``kernels/recomputation.py``). A model that computes attention or its
-activation by other means runs as it always does.
+probabilities (``[batch, heads, length, length]`` in every layer), norms, rotations and the insides
+of activation functions are not: they take a fraction of a block's time to compute again and most of
+its memory to keep. Inside ``lean_backward`` a transformer block keeps its input and the results of
+its products, whatever else it is made of (``kernels/recomputation.py``), and two functions that
+most of mlx-lm's models call have a backward of their own. What a block computes by products that no
+layer makes is computed again.
 
 Attention in chunks of queries: the backward of flash attention (arXiv 2205.14135, section 3.1),
 with MLX's own operations.
@@ -20,34 +20,45 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations
+from mlx_lm.models import activations, mla, switch_layers
 
+from dora_mlx.kernels.blocked_layers import BlockedQuantizedLinear
 from dora_mlx.kernels.device import on_cpu
-from dora_mlx.kernels.recomputation import later, recipe_of, recomputed, remember, remembered
+from dora_mlx.kernels.recomputation import dear, gradients_of, kept
 from dora_mlx.training import dear_exponentials
+from dora_mlx.training.recomputed_blocks import recomputed_blocks
 from dora_mlx.training.substitutes import standing_in
 
 # Queries per chunk of the attention's backward; fewer save nothing that matters.
 QUERIES_PER_CHUNK = 128
 
-_ACTIVATIONS = ("silu", "gelu", "gelu_approx")
-_NORMS_AND_ROPE = ("rms_norm", "layer_norm", "rope")
+# Layers that are little else than a product with their weight. Those with an adapter say
+# themselves what is dear in them.
+_PRODUCTS = (
+    nn.Linear, nn.QuantizedLinear, BlockedQuantizedLinear, nn.Conv1d, nn.Conv2d,
+    switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear,
+    mla.MultiLinear, mla.QuantizedMultiLinear,
+)  # fmt: skip
 
 _attention = mx.fast.scaled_dot_product_attention
 _swiglu = activations.swiglu
 
 
 @contextmanager
-def lean_backward() -> Iterator[None]:
-    """Within the block, models keep the results of products for the backward, and little else.
+def lean_backward(model: nn.Module, checkpoint: bool = False) -> Iterator[None]:
+    """Within the block, ``model`` keeps results of products for the backward, and little else.
 
-    Works by standing in for the functions that the models look up while they run in this thread.
+    Works by standing in for the functions that models look up while they run in this thread.
+
+    Args:
+        model: Its blocks are ``model.layers``.
+        checkpoint: Whether blocks compute their products again as well.
     """
-    activation_functions = {name: _cheap(getattr(nn, name)) for name in _ACTIVATIONS}
-    fast = {name: remembered(getattr(mx.fast, name)) for name in _NORMS_AND_ROPE}
-    fast["scaled_dot_product_attention"] = lean_attention
     with ExitStack() as stack:
-        stack.enter_context(standing_in(nn, activation_functions))
+        stack.enter_context(recomputed_blocks(model, keep=not checkpoint))
+        for layer in _PRODUCTS:
+            stack.enter_context(standing_in(layer, {"__call__": _dear_call(layer.__call__)}))
+        fast = {"scaled_dot_product_attention": lean_attention}
         stack.enter_context(standing_in(mx.fast, fast))
         models = [m for name, m in sys.modules.items() if name.startswith("mlx_lm.models.")]
         # They import swiglu by name, so each has a reference of its own.
@@ -57,50 +68,45 @@ def lean_backward() -> Iterator[None]:
         yield
 
 
-def _cheap(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    return remembered(recomputed(function), function)
+def _dear_call(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """The call of a layer, whose result is kept for the backward of its block."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        def product(parameters: dict[str, Any], args: Any, kwargs: Any) -> mx.array:
+            # Gradients flow to what is passed in, not to what the module holds.
+            self.update(parameters)
+            return original(self, *args, **kwargs)
+
+        return dear(product)(self.trainable_parameters(), args, kwargs)
+
+    return call
 
 
 def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """``silu(gate) * x`` that keeps its inputs; one sigmoid in the backward serves all of it.
+    """``silu(gate) * x``; one sigmoid serves result and gradient.
 
     Args:
         gate: Of any shape.
         x: Shaped as ``gate``.
     """
-    # From the recipe, which the layer that takes the result follows, to the backward, or from that
-    # to the recipe: which of them a graph is built for first is not said.
-    handed_over: list[mx.array] = []
-
-    def sigmoid_of(gate: mx.array) -> mx.array:
-        if handed_over:
-            return handed_over.pop()
-        handed_over.append(dear_exponentials.sigmoid(gate))
-        return handed_over[0]
 
     @mx.custom_function
-    def forward(gate: mx.array, x: mx.array) -> mx.array:
-        return gate * dear_exponentials.sigmoid(gate) * x if on_cpu() else _swiglu(gate, x)
+    def forward(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
+        sigmoid = dear_exponentials.sigmoid(gate)
+        return gate * sigmoid * x, sigmoid
 
     @forward.vjp
     def backward(
-        primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+        primals: tuple[mx.array, ...],
+        cotangents: tuple[mx.array, ...],
+        results: tuple[mx.array, ...],
     ) -> tuple[mx.array, ...]:
-        gate, x = later(list(primals), cotangent)
-        return _swiglu_backward(gate, x, sigmoid_of(gate), cotangent)
+        (gate, x), sigmoid = primals, results[1]
+        silu = gate * sigmoid
+        d = cotangents[0]
+        return d * x * (sigmoid + silu * (1 - sigmoid)), d * silu
 
-    def recipe(cotangent: mx.array) -> mx.array:
-        own_gate, own_x = later([gate, x], cotangent)
-        return own_gate * sigmoid_of(own_gate) * own_x
-
-    return remember(cast(mx.array, forward(gate, x)), recipe)
-
-
-def _swiglu_backward(
-    gate: mx.array, x: mx.array, sigmoid: mx.array, cotangent: mx.array
-) -> tuple[mx.array, mx.array]:
-    silu = gate * sigmoid
-    return cotangent * x * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+    return cast(tuple[mx.array, mx.array], forward(gate, x))[0]
 
 
 def lean_attention(
@@ -112,7 +118,7 @@ def lean_attention(
     sinks: mx.array | None = None,
     **options: Any,
 ) -> mx.array:
-    """``mx.fast.scaled_dot_product_attention`` that keeps its inputs and recomputes the rest.
+    """``mx.fast.scaled_dot_product_attention`` whose probabilities are there a chunk at a time.
 
     Args:
         queries: ``[batch, heads, length, head_dim]``.
@@ -125,11 +131,14 @@ def lean_attention(
     if sinks is not None:
         return _attention(queries, keys, values, mask=mask, sinks=sinks, **options)
 
-    recipes = [recipe_of(x) for x in (queries, keys, values)]
     attend, attend_backward = _attention_with(queries, options)
 
     @mx.custom_function
-    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+    def forward(*inputs: mx.array) -> list[mx.array]:
+        compute = partial(in_chunks, *inputs)
+        return kept(compute) if on_cpu() else compute()
+
+    def in_chunks(queries: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
         # Where gradients are traced, MLX computes all probabilities at once in the forward too.
         results: list[mx.array] = []
         notes: list[mx.array] = []
@@ -139,7 +148,7 @@ def lean_attention(
             result, *own_notes = attend(q, keys[:, :, :seen], values[:, :, :seen], part)
             results.append(result)
             notes += own_notes
-        return mx.concatenate(results, axis=2), *notes
+        return [mx.concatenate(results, axis=2), *notes]
 
     @forward.vjp
     def backward(
@@ -148,7 +157,7 @@ def lean_attention(
         outputs: tuple[mx.array, ...],
     ) -> tuple[mx.array, ...]:
         cotangent, (whole, *notes) = cotangents[0], outputs
-        queries, keys, values = (recipe(cotangent) for recipe in recipes)
+        queries, keys, values = primals
         d_queries: list[mx.array] = []
         d_keys, d_values = keys[:, :, :0], values[:, :, :0]
         chunks = list(_chunks(mask, queries.shape[2], keys.shape[2]))
@@ -182,9 +191,13 @@ def _attention_with(
         return (_attention(queries, keys, values, mask=mask, **options),)
 
     def backward(
-        queries: mx.array, keys: mx.array, values: mx.array, mask: Any, d: mx.array, found: Any
+        queries: mx.array, keys: mx.array, values: mx.array, mask: Any, d: mx.array, _: Any
     ) -> list[mx.array]:
-        return mx.vjp(partial(_attention, mask=mask, **options), [queries, keys, values], [d])[1]
+        def function(*inputs: mx.array) -> list[mx.array]:
+            return list(attend(*inputs[:3], inputs[3] if inputs[3:] else None))
+
+        constants = [] if mask is None else [mask]
+        return gradients_of(function, [queries, keys, values], [d], constants)
 
     return attend, backward
 

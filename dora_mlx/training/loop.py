@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from dora_mlx.errors import UserError
 from dora_mlx.layers.dora import hoisted_norms
 from dora_mlx.training.checkpoints import Checkpoint, Progress, save_checkpoint
 from dora_mlx.training.events import EventLog
-from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.lean_backward import lean_backward
 from dora_mlx.training.loss import best_loss
 from dora_mlx.training.optimizer import GroupedOptimizer
@@ -225,9 +224,9 @@ class Trainer:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """What surrounds the passes of a step."""
-        recompute = checkpointed_blocks if self.config.grad_checkpoint else nullcontext
+        checkpoint = self.config.grad_checkpoint is True
         # The norms depend on parameters that do not change before the update.
-        with hoisted_norms(self.model), lean_backward(), recompute(self.model):
+        with hoisted_norms(self.model), lean_backward(self.model, checkpoint):
             yield
 
     def _skip(self, step: int) -> int:

@@ -8,7 +8,6 @@ architecture are in it because they are in the graph.
 """
 
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,7 +25,6 @@ from dora_mlx.kernels.row_norm import AdaptedNorm, ColumnNorm
 from dora_mlx.layers.dora import DoRA, hoisted_norms
 from dora_mlx.skeleton import ModelFacts, build_skeleton
 from dora_mlx.training.gpu_operations import planned_operations
-from dora_mlx.training.gradient_checkpointing import checkpointed_blocks
 from dora_mlx.training.graph import Graph, nothing_evaluated, trace
 from dora_mlx.training.graph_memory import peak_of
 from dora_mlx.training.lean_backward import lean_backward
@@ -168,11 +166,11 @@ def _step_graph(model: nn.Module, config: TrainConfig, shape: BatchShape) -> Gra
     names, arrays = zip(*_arrays(model.parameters()).items(), strict=True)
     batch = _batch(shape)
     loss_sum = plain_loss_sum if why_not_chunked(model) else ChunkedLoss()
-    recompute = checkpointed_blocks if config.grad_checkpoint else nullcontext
+    checkpoint = config.grad_checkpoint is True
 
     def step(*arrays: mx.array) -> list[mx.array]:
         model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-        with hoisted_norms(model), lean_backward(), recompute(model):
+        with hoisted_norms(model), lean_backward(model, checkpoint):
             loss, gradients = nn.value_and_grad(model, loss_sum)(model, batch)
         return [loss, *_arrays(gradients).values()]
 

@@ -1,8 +1,6 @@
-"""Recompute a transformer block in the backward instead of keeping its activations.
+"""Transformer blocks that the backward computes again.
 
-Memory of the activations becomes one input per block and the insides of one block, at the price
-of a second forward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
-arXiv 1604.06174).
+What it keeps is the input of a block, and maybe what is dear to compute in it.
 """
 
 from collections.abc import Iterator
@@ -19,16 +17,22 @@ _bernoulli = mx.random.bernoulli
 
 
 @contextmanager
-def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
+def recomputed_blocks(model: nn.Module, keep: bool) -> Iterator[None]:
     """Within the block, every transformer block of ``model`` is recomputed in the backward.
 
     Parameters and their names stay what they are; other models of the same classes are not
     touched.
+
+    Args:
+        model: Its blocks are ``model.layers``.
+        keep: Whether what is dear in a block (``kernels/recomputation.py``) is kept: most of the
+            memory of a block, and nearly all of its time. Without it this is gradient checkpointing
+            (arXiv 1604.06174).
     """
     blocks: list[nn.Module] = model.layers
     classes = [type(block) for block in blocks]
     for block, original in zip(blocks, classes, strict=True):
-        block.__class__ = _checkpointed(original)
+        block.__class__ = _recomputed(original, keep)
     try:
         yield
     finally:
@@ -36,8 +40,8 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
             block.__class__ = original
 
 
-def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a block's class whose call is checkpointed."""
+def _recomputed(original: type[nn.Module], keep: bool) -> type[nn.Module]:
+    """A subclass of a block's class whose call is recomputed in the backward."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def forward(
@@ -51,7 +55,7 @@ def _checkpointed(original: type[nn.Module]) -> type[nn.Module]:
         key = None
         if _drops_out(self):
             key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-        return recomputed(forward)(self.trainable_parameters(), key, *args, **kwargs)
+        return recomputed(forward, keep)(self.trainable_parameters(), key, *args, **kwargs)
 
     return type(original.__name__, (original,), {"__call__": call})
 
