@@ -16,7 +16,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from dora_mlx.kernels.device import on_cpu
+from dora_mlx.kernels.device import on_cpu, planning_for_gpu
 from dora_mlx.kernels.gain_backward import (
     expert_gain_backward,
     gain_backward,
@@ -102,6 +102,9 @@ def _gain(magnitude: mx.array, norm: mx.array, experts: mx.array | None) -> mx.a
 
 def _with_gain(terms: list[mx.array], gain: mx.array, bias: mx.array | None) -> mx.array:
     # Elementwise and in one pass where that needs no C++ compiler at run time.
+    if planning_for_gpu():
+        # A plan has the operations that are fused one by one, and these make no float32 arrays.
+        return _sum(terms) * gain.astype(terms[0].dtype)
     apply = _apply_gain if on_cpu() else _fused_apply_gain
     return apply(terms, gain, bias)
 

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations, mla, switch_layers
 
 from dora_mlx.kernels.blocked_layers import BlockedQuantizedLinear
-from dora_mlx.kernels.device import on_cpu
+from dora_mlx.kernels.device import on_cpu, planning_for_gpu
 from dora_mlx.kernels.recomputation import dear, gradients_of, kept
 from dora_mlx.training import dear_exponentials
 from dora_mlx.training.recomputed_blocks import recomputed_blocks
@@ -83,7 +83,7 @@ def _dear_call(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """``silu(gate) * x``; one sigmoid serves result and gradient.
+    """``silu(gate) * x``, with a backward in as few passes over memory.
 
     Args:
         gate: Of any shape.
@@ -91,22 +91,37 @@ def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """
 
     @mx.custom_function
-    def forward(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
+    def forward(gate: mx.array, x: mx.array) -> list[mx.array]:
+        if not on_cpu():
+            return [_swiglu(gate, x)]
+        # One sigmoid, which is dear there, serves result and gradient.
         sigmoid = dear_exponentials.sigmoid(gate)
-        return gate * sigmoid * x, sigmoid
+        return [gate * sigmoid * x, sigmoid]
 
     @forward.vjp
     def backward(
-        primals: tuple[mx.array, ...],
-        cotangents: tuple[mx.array, ...],
-        results: tuple[mx.array, ...],
-    ) -> tuple[mx.array, ...]:
-        (gate, x), sigmoid = primals, results[1]
-        silu = gate * sigmoid
-        d = cotangents[0]
-        return d * x * (sigmoid + silu * (1 - sigmoid)), d * silu
+        primals: tuple[mx.array, mx.array], cotangents: list[mx.array], results: list[mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        if planning_for_gpu():
+            # A plan has the operations that are fused one by one, and these make as many arrays.
+            return cotangents[0] * primals[1], cotangents[0] * primals[0]
+        if on_cpu():
+            return _swiglu_backward(*primals, cotangents[0], results[1])
+        return _fused_swiglu_backward(*primals, cotangents[0])
 
-    return cast(tuple[mx.array, mx.array], forward(gate, x))[0]
+    return forward(gate, x)[0]
+
+
+def _swiglu_backward(
+    gate: mx.array, x: mx.array, d: mx.array, sigmoid: mx.array
+) -> tuple[mx.array, mx.array]:
+    silu = gate * sigmoid
+    return d * x * (sigmoid + silu * (1 - sigmoid)), d * silu
+
+
+@mx.compile
+def _fused_swiglu_backward(gate: mx.array, x: mx.array, d: mx.array) -> tuple[mx.array, mx.array]:
+    return _swiglu_backward(gate, x, d, mx.sigmoid(gate))
 
 
 def lean_attention(

@@ -193,7 +193,8 @@ def _output_layer(model: nn.Module, hidden: mx.array) -> mx.array:
     # As a dictionary item: an attribute would change the order of the parameters.
     model["model"] = _Computed(body, hidden[None])
     try:
-        return cast(mx.array, model(mx.zeros((1, len(hidden)), mx.int32))[0])
+        # An index would be a copy, and zeros to put its gradient into.
+        return cast(mx.array, model(mx.zeros((1, len(hidden)), mx.int32)).squeeze(0))
     finally:
         model["model"] = body
 

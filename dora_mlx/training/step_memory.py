@@ -37,9 +37,11 @@ Sizes = Counter[str]
 PARTS = (
     "weights", "adapter", "optimizer", "gradients", "activations", "output layer", "other",
 )  # fmt: skip
-# Operations that MLX has begun before the memory of earlier ones is free, as a share of what a
-# step needs on top of what stays: 0.10 to 0.17 was measured with the limit that a run sets.
+# Operations that MLX has begun before the memory of earlier ones is free: at least one, and as a
+# share of what a step needs on top of what stays. 0.10 to 0.17 was measured with the limit that a
+# run sets.
 _AHEAD = 0.125
+_LARGEST = "largest array"
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def _extrapolated(
             more = _sizes_with(facts, config, batch, kinds, {**base, kind: base[kind] + step})
             for part in PARTS:
                 total[part] = total.get(part, 0) + (more[part] - sizes[part]) * missing / step
+    step = total["activations"] + total["output layer"]
+    total["other"] += max(_AHEAD * step, sizes[_LARGEST])
     return {part: round(max(0, total.get(part, 0))) for part in PARTS}
 
 
@@ -107,7 +111,7 @@ def _sizes_with(
     kinds: list[Any],
     wanted: dict[Any, int],
 ) -> Sizes:
-    """Sizes of the parts for a model with so many blocks of every kind."""
+    """Sizes of the parts for a model with so many blocks of every kind, and of an array."""
     left = Counter(wanted)
     with nothing_evaluated(), standing_in(AdaptedNorm, {"square_sums": _unknown_sums}):
         model = build_skeleton(facts)
@@ -156,8 +160,8 @@ def _sizes(model: nn.Module, config: TrainConfig, batch: BatchShape) -> Sizes:
             sizes["activations"] += size
     if config.grad_accumulation_steps > 1:
         sizes["gradients"] += gradients
-    step = sizes["activations"] + sizes["output layer"]
-    sizes["other"] = 2 * norms + round(_AHEAD * step)
+    sizes["other"] = 2 * norms
+    sizes[_LARGEST] = max(peak.held.values())
     return sizes
 
 
