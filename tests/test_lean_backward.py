@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dora_mlx.adapters.attach import attach
+from dora_mlx.kernels import recomputation
 from dora_mlx.kernels.blocked_layers import use_blocked_products
 from dora_mlx.kernels.device import assuming_device
 from dora_mlx.kernels.recomputation import dear, kept, product, recomputed
@@ -76,9 +77,11 @@ def gradients(model, tokens):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_of_whole_models_are_those_of_autodiff(name, monkeypatch):
-    # Chunks of 8 queries, of which the last is not full.
+    # Chunks of 8 queries, of which the last is not full; two runs of blocks.
     monkeypatch.setattr("dora_mlx.training.lean_backward.QUERIES_PER_CHUNK", 8)
-    model, tokens = tiny(name), mx.arange(2 * 21).reshape(2, 21)
+    monkeypatch.setattr(recomputation, "_WORTH_TRACING", 0)
+    monkeypatch.setattr(recomputation, "_LONGEST_RUN", 3)
+    model, tokens = tiny(name, num_hidden_layers=4), mx.arange(2 * 21).reshape(2, 21)
     expected_loss, expected = gradients(model, tokens)
     for checkpoint in (False, True):
         with lean_backward(model, checkpoint):
@@ -88,6 +91,8 @@ def test_gradients_of_whole_models_are_those_of_autodiff(name, monkeypatch):
         for key, gradient in expected.items():
             tolerance = 2e-5 * mx.abs(gradient).max().item() + 1e-9
             assert mx.abs(gradient - actual[key]).max().item() <= tolerance, key
+    # Nothing is remembered of arrays that are gone.
+    assert not recomputation._origins
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -281,6 +286,21 @@ def test_a_deep_model_trains_in_far_less_memory():
     with lean_backward(model):
         lean = peak()
     assert lean < 0.42 * plain
+
+
+def test_a_run_of_blocks_keeps_one_input(monkeypatch):
+    tokens = mx.arange(2 * 256).reshape(2, 256) % 97
+    model = tiny("llama", num_hidden_layers=9, intermediate_size=96)
+
+    def peak(longest):
+        monkeypatch.setattr(recomputation, "_LONGEST_RUN", longest)
+        with lean_backward(model):
+            return measured_peak(lambda: gradients(model, tokens))
+
+    monkeypatch.setattr(recomputation, "_WORTH_TRACING", 0)
+    single, together = peak(1), peak(4)
+    # Of nine inputs the first, the fifth and the ninth are kept.
+    assert single - together == pytest.approx(6 * 2 * 256 * 64 * 4, rel=0.25)
 
 
 def test_a_checkpointed_block_adds_its_input_and_its_gradients():

@@ -109,7 +109,7 @@ def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
             return _swiglu_backward(*primals, cotangents[0], results[1])
         return _fused_swiglu_backward(*primals, cotangents[0])
 
-    return forward(gate, x)[0]
+    return cast(list[mx.array], forward(gate, x))[0]
 
 
 def _swiglu_backward(
@@ -209,7 +209,8 @@ def _attention_with(
         queries: mx.array, keys: mx.array, values: mx.array, mask: Any, d: mx.array, _: Any
     ) -> list[mx.array]:
         def function(*inputs: mx.array) -> list[mx.array]:
-            return list(attend(*inputs[:3], inputs[3] if inputs[3:] else None))
+            own_mask = inputs[3] if inputs[3:] else None
+            return [_attention(*inputs[:3], mask=own_mask, **options)]
 
         constants = [] if mask is None else [mask]
         return gradients_of(function, [queries, keys, values], [d], constants)

@@ -67,7 +67,8 @@ def predict(facts: ModelFacts, config: TrainConfig, batch: BatchShape) -> dict[s
     # A block that is not adapted keeps nothing for the backward.
     first = len(kinds) - adapted
     kinds = [(kind, index >= first) for index, kind in enumerate(kinds)]
-    depth = 4 if config.method == "full" else 2
+    # Where fewer things wait for each other, fewer blocks do not show what many need.
+    depth = 2 if config.method == "dora" else 4
     while True:
         try:
             return _extrapolated(facts, config, batch, kinds, depth)
@@ -85,17 +86,17 @@ def _extrapolated(
     counts = Counter(kinds)
     base = {kind: min(count, depth) for kind, count in counts.items()}
     sizes = _sizes_with(facts, config, batch, kinds, base)
-    total: dict[str, float] = dict(sizes)
+    total: dict[str, float] = {part: sizes[part] for part in PARTS}
     for kind, count in counts.items():
         missing = count - base[kind]
-        step = min(missing, depth - 1)
-        if step:
-            more = _sizes_with(facts, config, batch, kinds, {**base, kind: base[kind] + step})
+        added = min(missing, depth - 1)
+        if added:
+            more = _sizes_with(facts, config, batch, kinds, {**base, kind: base[kind] + added})
             for part in PARTS:
-                total[part] = total.get(part, 0) + (more[part] - sizes[part]) * missing / step
+                total[part] += (more[part] - sizes[part]) * missing / added
     step = total["activations"] + total["output layer"]
     total["other"] += max(_AHEAD * step, sizes[_LARGEST])
-    return {part: round(max(0, total.get(part, 0))) for part in PARTS}
+    return {part: round(max(0, size)) for part, size in total.items()}
 
 
 def _kind_of(block: nn.Module) -> tuple[Any, ...]:
