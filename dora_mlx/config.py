@@ -219,7 +219,7 @@ class TrainConfig:
     grad_checkpoint: bool | None = knob(
         None,
         "Recompute every transformer block in the backward: far less memory for a third more "
-        "time. Default: on for models of 100 million parameters and more.",
+        "time. Default: on where the run does not fit into memory without it.",
         advanced=True,
         on_resume=True,
     )

@@ -84,7 +84,10 @@ def _lines(plan: "MemoryPlan", chosen: dict[str, Any]) -> Iterator[str]:
         yield f"chosen to fit: {' '.join(flags).replace(' True', '')}\n"
     for part, size in plan.parts.items():
         yield f"{part:<14} {gigabytes(size):>9}"
-    yield f"{'peak':<14} {gigabytes(plan.peak):>9}   a step of {plan.rows} x {plan.width} tokens"
+    step = f"a step of {plan.rows} x {plan.width} tokens"
+    if plan.grad_checkpoint:
+        step += " with gradient checkpointing"
+    yield f"{'peak':<14} {gigabytes(plan.peak):>9}   {step}"
     yield f"{'limit':<14} {gigabytes(plan.limit):>9}"
     yield f"\nverdict: {plan.verdict}"
     yield from (f"  {sentence}" for sentence in plan.advice)

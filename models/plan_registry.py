@@ -27,9 +27,9 @@ LENGTHS = (512, 2048)
 
 @functools.cache
 def planned(alias: str, length: int, mac: float = 512) -> MemoryPlan:
-    """A training step with the default options and rows of ``length`` tokens on a Mac."""
-    facts = find_facts(alias, ask_hub=False)
-    return plan_for(TrainConfig(model=alias, max_seq_length=length), facts, None, Machine.mac(mac))
+    """A training step with checkpointing and rows of ``length`` tokens on a Mac."""
+    config = TrainConfig(model=alias, max_seq_length=length, grad_checkpoint=True)
+    return plan_for(config, find_facts(alias, ask_hub=False), None, Machine.mac(mac))
 
 
 def table_row(alias: str, macs: tuple[int, ...]) -> str:

@@ -79,7 +79,7 @@ def test_every_text_is_escaped_and_clean():
         run.loss_chart(evil),
         runs.table([summary(EVIL)], EVIL, [EVIL]),
         runs.comparison([evil]),
-        plan.bar(MemoryPlan({EVIL: 1}, 1, 1, "fits", (EVIL,), 1, 1)),
+        plan.bar(MemoryPlan({EVIL: 1}, 1, 1, "fits", (EVIL,), 1, 1, False)),
     ]
     for page in pages:
         assert "<img" not in page
@@ -142,8 +142,9 @@ def test_time_between_an_end_and_a_resume_does_not_count():
 
 def test_plan_over_the_limit_is_marked_in_the_bar():
     parts = {"weights": 30, "activations": 10}
-    page = plan.bar(MemoryPlan(parts, 40, 20, "does not fit", ("Less.",), 4, 512))
+    page = plan.bar(MemoryPlan(parts, 40, 20, "does not fit", ("Less.",), 4, 512, True))
     assert "left:50.00%" in page
+    assert "with gradient checkpointing" in page
     assert "width:75.00%" in page
     assert "does not fit" in page
 

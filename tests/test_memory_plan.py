@@ -25,7 +25,14 @@ from dora_mlx.training.gpu_operations import planned_operations
 from dora_mlx.training.graph import trace
 from dora_mlx.training.graph_memory import peak_of
 from dora_mlx.training.lean_backward import lean_swiglu
-from dora_mlx.training.memory_plan import Machine, MemoryWatch, fit, plan_for, plan_memory
+from dora_mlx.training.memory_plan import (
+    Machine,
+    MemoryWatch,
+    fit,
+    fit_to_memory,
+    plan_for,
+    plan_memory,
+)
 
 MEASURED = [
     Row("llama", 4, 128, {"grad_checkpoint": True}),
@@ -92,7 +99,7 @@ def test_plan_follows_the_options():
         return plan_memory(replace(config, **options), machine=Machine.mac(64)).peak
 
     usual = peak()
-    assert peak(grad_checkpoint=False) > 1.5 * usual
+    assert 1.5 * peak(grad_checkpoint=True) < usual
     assert peak(batch_size=1) < usual
     assert peak(rank=64) > usual
     assert peak(num_layers=4) < usual
@@ -124,6 +131,19 @@ def test_fit_cuts_no_example_for_a_reserve():
     assert fitted.config.batch_size == 1
     shorter = fit(config, facts, None, Machine(round(needed / 1.05), cpu=False))
     assert shorter.config.max_seq_length < 1024
+
+
+def test_only_what_does_not_fit_otherwise_computes_its_blocks_twice(tmp_path, chat_file):
+    config = TrainConfig(model="llama-3.1-8b-4bit", max_seq_length=513)
+    plans = {size: plan_memory(config, machine=Machine.mac(size)) for size in (16, 24)}
+    assert {size: plan.grad_checkpoint for size, plan in plans.items()} == {16: True, 24: False}
+    # Told to do without, it just fits there.
+    without = replace(config, grad_checkpoint=False)
+    assert plan_memory(without, machine=Machine.mac(16)).verdict == "tight"
+    assert not fit_to_memory(config, machine=Machine.mac(24)).changes
+    folder = new_run("small", tmp_path, "small")
+    finetune(TrainConfig(data=str(chat_file), steps=1), folder)
+    assert folder.read_config()["options"]["grad_checkpoint"] is False
 
 
 def test_advice_does_not_offer_the_checkpoints_that_are_on_by_default():
@@ -173,8 +193,8 @@ def test_rehearsal_leaves_no_trace(tmp_path, chat_file, monkeypatch):
     losses = []
     for name, small in (("with", 1), ("without", 10**12)):
         monkeypatch.setattr(story, "SMALL_MODEL", small)
-        # Checkpointing and rate are settled by size as well.
-        settled = replace(config, grad_checkpoint=False, learning_rate=1e-3)
+        # The rate is settled by size as well.
+        settled = replace(config, learning_rate=1e-3)
         folder = new_run(name, tmp_path, name)
         finetune(settled, folder)
         events = read_events(folder.path)

@@ -32,9 +32,11 @@ def bar(plan: MemoryPlan) -> str:
         f"<li>{html.escape(in_words_of_the_form(sentence))}</li>" for sentence in plan.advice
     )
     advice = f'<ul class="advice">{sentences}</ul>' if sentences else ""
+    how = ", with gradient checkpointing" if plan.grad_checkpoint else ""
     return (
         '<div class="plan"><div class="plan-head">'
-        f"<span>Estimated memory <b>{gigabytes(plan.peak)}</b> of {gigabytes(plan.limit)}</span>"
+        f"<span>Estimated memory <b>{gigabytes(plan.peak)}</b> of {gigabytes(plan.limit)}"
+        f"{how}</span>"
         f'<span class="verdict {kind}" role="status">{word}</span></div>'
         f'<div class="plan-bar {kind}" role="img" aria-label="Memory {gigabytes(plan.peak)} of '
         f'{gigabytes(plan.limit)}: {word}">{pieces}'

@@ -283,7 +283,7 @@ def _planned(
             f"{gigabytes(plan.limit)}. {' '.join(plan.advice)} --fit chooses for you, and "
             "--ignore-memory starts all the same."
         )
-    return config, plan, {}
+    return replace(config, grad_checkpoint=plan.grad_checkpoint), plan, {}
 
 
 def _calibrate(trainer: Trainer, prepared: _Prepared) -> int | None:
@@ -308,10 +308,7 @@ def _settle(config: TrainConfig, steps_per_epoch: float, small_model: bool) -> T
     rate = config.learning_rate
     if rate is None:
         rate = default_learning_rate(config.method, small_model)
-    checkpoint = config.grad_checkpoint
-    if checkpoint is None:
-        checkpoint = not small_model
-    return replace(config, steps=steps, learning_rate=rate, grad_checkpoint=checkpoint)
+    return replace(config, steps=steps, learning_rate=rate)
 
 
 def default_learning_rate(method: str, small_model: bool) -> float:

@@ -18,6 +18,7 @@ class MemoryPlan:
         advice: Sentences on what to change, each with its flag and the peak it would give; empty
             for a run that fits.
         rows, width: The batch it is for: rows, and tokens of each.
+        grad_checkpoint: Whether it is for a step with gradient checkpointing.
     """
 
     parts: dict[str, int]
@@ -27,3 +28,4 @@ class MemoryPlan:
     advice: tuple[str, ...]
     rows: int
     width: int
+    grad_checkpoint: bool

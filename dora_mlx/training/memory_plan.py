@@ -114,13 +114,20 @@ def plan_for(
     examples: Examples | None,
     machine: Machine | None = None,
 ) -> MemoryPlan:
-    """The plan for known examples; ``None``: rows of ``max_seq_length`` tokens, all trained."""
+    """The plan for known examples; ``None``: rows of ``max_seq_length`` tokens, all trained.
+
+    Where the options leave checkpointing open, the plan decides: it takes a third more time, so
+    only what does not fit without it has it.
+    """
     machine = Machine.here() if machine is None else machine
     config = as_begun(config, facts)
-    plan = _plan(config, facts, examples, machine)
-    if plan.verdict == "fits":
-        return plan
-    return replace(plan, advice=tuple(_advice(config, facts, examples, machine)))
+    open_to = [False, True] if config.grad_checkpoint is None else [config.grad_checkpoint]
+    for checkpoint in open_to:
+        config = replace(config, grad_checkpoint=checkpoint)
+        plan = _plan(config, facts, examples, machine)
+        if plan.verdict == "fits":
+            return plan
+    return replace(plan, advice=tuple(_advice(plan, config, facts, examples, machine)))
 
 
 def fit(
@@ -147,6 +154,8 @@ def fit(
         if plan.verdict == "does not fit":
             continue
         before, after = config.to_dict(), candidate.to_dict()
+        if config.grad_checkpoint is None:
+            before["grad_checkpoint"] = candidate.grad_checkpoint
         changes = {name: after[name] for name in after if after[name] != before[name]}
         fitted = FittedPlan(candidate, plan, changes)
         if plan.verdict == "fits":
@@ -223,7 +232,8 @@ def _plan(
     verdict: Verdict = "fits" if peak <= _TIGHT * machine.limit else "tight"
     if peak > machine.limit:
         verdict = "does not fit"
-    return MemoryPlan(parts, peak, machine.limit, verdict, (), batch.rows, batch.width)
+    checkpoint = config.grad_checkpoint is True
+    return MemoryPlan(parts, peak, machine.limit, verdict, (), batch.rows, batch.width, checkpoint)
 
 
 def _cut(examples: Examples | None, config: TrainConfig) -> Examples | None:
@@ -240,10 +250,7 @@ def _candidates(config: TrainConfig) -> Iterator[TrainConfig]:
     """Options in the order in which ``fit`` tries them, those as they are first."""
     rows_in_all = config.batch_size * config.grad_accumulation_steps
     batches = [n for n in range(config.batch_size, 0, -1) if rows_in_all % n == 0]
-    checkpoints = [config.grad_checkpoint]
-    if config.grad_checkpoint is not True:
-        checkpoints.append(True)
-    for checkpoint in checkpoints:
+    for checkpoint in [True] if config.grad_checkpoint else [False, True]:
         for rows in batches:
             smallest = replace(
                 config,
@@ -259,10 +266,13 @@ def _candidates(config: TrainConfig) -> Iterator[TrainConfig]:
 
 
 def _advice(
-    config: TrainConfig, facts: ModelFacts, examples: Examples | None, machine: Machine
+    now: MemoryPlan,
+    config: TrainConfig,
+    facts: ModelFacts,
+    examples: Examples | None,
+    machine: Machine,
 ) -> Iterator[str]:
-    """What to change, each with the peak it would give; only what helps."""
-    now = _plan(config, facts, examples, machine)
+    """What to change in a plan, each with the peak it would give; only what helps."""
     rows_in_all = config.batch_size * config.grad_accumulation_steps
     changes: list[dict[str, Any]] = [
         {"grad_checkpoint": True},
@@ -273,7 +283,7 @@ def _advice(
     offered: set[int] = set()
     for change in changes:
         other = _plan(replace(config, **change), facts, examples, machine)
-        # A large model has checkpoints anyway: then two changes are one.
+        # With checkpoints already two of the changes are none, or one.
         if other.peak > 0.97 * now.peak or other.peak in offered:
             continue
         offered.add(other.peak)

@@ -17,10 +17,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dora_mlx.adapters.attach import attach
-from dora_mlx.config import SMALL_MODEL, TrainConfig
+from dora_mlx.config import TrainConfig
 from dora_mlx.data.batches import Batch
 from dora_mlx.errors import UserError
-from dora_mlx.kernels.frozen_weight import leading_shape, parameter_count, weight_shape
+from dora_mlx.kernels.frozen_weight import leading_shape, weight_shape
 from dora_mlx.kernels.row_norm import AdaptedNorm, ColumnNorm
 from dora_mlx.layers.dora import DoRA, hoisted_norms
 from dora_mlx.skeleton import ModelFacts, build_skeleton
@@ -59,8 +59,6 @@ def predict(facts: ModelFacts, config: TrainConfig, batch: BatchShape) -> dict[s
     with nothing_evaluated():
         model = build_skeleton(facts)
         kinds = [_kind_of(block) for block in model.layers]
-    if config.grad_checkpoint is None:
-        config = replace(config, grad_checkpoint=parameter_count(model) >= SMALL_MODEL)
     adapted = len(kinds) if config.num_layers is None else config.num_layers
     if adapted > len(kinds):
         raise UserError(f"--num-layers is {adapted}, but the model has only {len(kinds)} blocks.")
