@@ -14,6 +14,7 @@ from benchmarks.plan import ROWS, Row, facts_of, measured, predicted
 from dora_mlx.config import TrainConfig
 from dora_mlx.data.examples import Example, Examples
 from dora_mlx.errors import UserError
+from dora_mlx.kernels import recomputation
 from dora_mlx.kernels.device import assuming_device
 from dora_mlx.kernels.gain_backward import gain_backward
 from dora_mlx.run_folder import new_run
@@ -90,6 +91,11 @@ def test_nothing_is_read_or_computed_for_a_plan():
     plan = plan_memory(TrainConfig(model="llama-3.1-8b-4bit", max_seq_length=512))
     assert plan.peak > 5e9
     assert mx.get_peak_memory() - before < 2**20
+
+
+def test_nothing_of_a_plan_stays():
+    plan_memory(TrainConfig(model="llama-3.1-8b-4bit"), machine=Machine.mac(64))
+    assert not recomputation._origins
 
 
 def test_plan_follows_the_options():

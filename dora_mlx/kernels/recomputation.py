@@ -25,6 +25,8 @@ _WORTH_TRACING = 1 << 22
 # Calls that may be traced again for an argument.
 _LONGEST_RUN = 8
 
+_LEAF = object()
+
 # How the results of ``kept`` come about in a ``recomputed`` function.
 _way: ContextVar[Callable[[Compute], Arrays] | None] = ContextVar("way", default=None)
 
@@ -278,15 +280,17 @@ def flattened(tree: Any) -> tuple[Arrays, Callable[[Sequence[mx.array]], Any]]:
     leaves: Arrays = []
 
     def take(value: Any) -> Any:
-        if isinstance(value, mx.array):
-            leaves.append(value)
-        return value
+        if not isinstance(value, mx.array):
+            return value
+        leaves.append(value)
+        return _LEAF
 
-    tree_map(take, tree)
+    # Who can build a tree need not hold the arrays of this one.
+    shape = tree_map(take, tree)
 
     def rebuild(arrays: Sequence[mx.array]) -> Any:
         left = iter(arrays)
-        return tree_map(lambda v: next(left) if isinstance(v, mx.array) else v, tree)
+        return tree_map(lambda value: next(left) if value is _LEAF else value, shape)
 
     return leaves, rebuild
 
