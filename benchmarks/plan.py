@@ -145,7 +145,8 @@ def measured(row: Row, parts: dict[str, int]) -> int:
     with tempfile.TemporaryDirectory() as folder, EventLog(Path(folder)) as log:
         trainer = Trainer(model, spec, config, batches, [], Path(folder), log, Workers())
         mx.reset_peak_memory()
-        with memory_held_to(before + sum(parts.values())):
+        planned = before + sum(parts.values())
+        with memory_held_to(planned, planned - parts["in flight"]):
             trainer.run(lambda: False)
     return mx.get_peak_memory() - before
 

@@ -20,22 +20,23 @@ REGISTRY = Path(__file__).parent / "registry.toml"
 ROOT = Path(__file__).parent.parent
 # Pages with a table of models, and the Macs that it has, by GB.
 PAGES = {ROOT / "README.md": (16, 24, 32), ROOT / "docs" / "memory.md": (16, 24, 32, 64)}
-# Inputs of 512 tokens: the last token of a row is only a target.
-TYPICAL_LENGTH = 513
-LENGTHS = (512, 2048)
+# Inputs of 512 and 2048 tokens: the last token of a row is only a target.
+TYPICAL_LENGTH, LONG = 513, 2049
 
 
 @functools.cache
-def planned(alias: str, length: int, mac: float = 512) -> MemoryPlan:
-    """A training step with checkpointing and rows of ``length`` tokens on a Mac."""
-    config = TrainConfig(model=alias, max_seq_length=length, grad_checkpoint=True)
+def planned(alias: str, length: int, checkpoint: bool = True, mac: float = 512) -> MemoryPlan:
+    """A training step with rows of ``length`` tokens on a Mac."""
+    config = TrainConfig(model=alias, max_seq_length=length, grad_checkpoint=checkpoint)
     return plan_for(config, find_facts(alias, ask_hub=False), None, Machine.mac(mac))
 
 
 def table_row(alias: str, macs: tuple[int, ...]) -> str:
     """A model's line in the table of a page."""
-    sizes = [f"{planned(alias, length).peak / 1e9:.1f} GB" for length in LENGTHS]
-    verdicts = [planned(alias, LENGTHS[-1], mac).verdict for mac in macs]
+    plans = [planned(alias, TYPICAL_LENGTH, checkpoint=False)]
+    plans += [planned(alias, length) for length in (TYPICAL_LENGTH, LONG)]
+    sizes = [f"{plan.peak / 1e9:.1f} GB" for plan in plans]
+    verdicts = [planned(alias, LONG, mac=mac).verdict for mac in macs]
     words = ["no" if verdict == "does not fit" else verdict for verdict in verdicts]
     return f"| {' | '.join([alias, *sizes, *words])} |"
 

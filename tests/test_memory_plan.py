@@ -231,7 +231,7 @@ def test_limits_of_a_mac_are_set_and_put_back(monkeypatch):
     )
     monkeypatch.setattr(device_limits.mx, "set_wired_limit", lambda n: calls.append(n) or 7)
     before = mx.get_memory_limit()
-    with device_limits.memory_held_to(1000):
+    with device_limits.memory_held_to(1000, 900):
         assert mx.get_memory_limit() == 900
     assert mx.get_memory_limit() == before
     assert calls == [500, 7]

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-# MLX waits from this share of the plan on; the operation it is at comes on top.
-_WAITING = 0.9
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _MEMINFO = Path("/proc/meminfo")
 
@@ -36,14 +34,15 @@ def _free_memory() -> int:
 
 
 @contextmanager
-def memory_held_to(planned: int) -> Iterator[None]:
-    """Within the block MLX waits instead of running ahead once it holds ``planned`` bytes.
+def memory_held_to(planned: int, counted: int) -> Iterator[None]:
+    """Within the block MLX waits instead of running ahead once it holds ``counted`` bytes.
 
     It begins operations before the memory of earlier ones is free, which without a bound makes
-    a peak half as large again and wins no time. On a Mac the cache of free memory is kept within
-    the same bound, and what is planned stays wired, so that it is never paged out.
+    a peak half as large again and wins no time. The operation it is at comes on top. On a Mac the
+    cache of free memory is kept within ``planned`` bytes, and these stay wired, so that they are
+    never paged out.
     """
-    before = mx.set_memory_limit(round(_WAITING * planned))
+    before = mx.set_memory_limit(counted)
     cache = mx.set_cache_limit(planned)
     metal = mx.metal.is_available()
     wired = mx.set_wired_limit(min(planned, memory_limit())) if metal else 0

@@ -120,7 +120,8 @@ def finetune(
                 held.enter_context(folder.lock())
         held.enter_context(_saying_how_to_go_on(folder))
         log = held.enter_context(EventLog(folder.path if workers.leads else None, listener))
-        held.enter_context(memory_held_to(prepared.memory_before + prepared.plan.peak))
+        before, plan = prepared.memory_before, prepared.plan
+        held.enter_context(memory_held_to(before + plan.peak, before + plan.counted))
         trainer = _trainer(prepared, folder, log, workers)
         if resume and workers.leads:
             changes += restore_newest(trainer, folder)

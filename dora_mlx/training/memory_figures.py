@@ -29,3 +29,8 @@ class MemoryPlan:
     rows: int
     width: int
     grad_checkpoint: bool
+
+    @property
+    def counted(self) -> int:
+        """The peak without operations that MLX begins before it has to."""
+        return self.peak - self.parts["in flight"]

@@ -36,11 +36,8 @@ Sizes = Counter[str]
 
 PARTS = (
     "weights", "adapter", "optimizer", "gradients", "activations", "output layer", "other",
+    "in flight",
 )  # fmt: skip
-# Operations that MLX has begun before the memory of earlier ones is free: at least one, and as a
-# share of what a step needs on top of what stays. 0.10 to 0.17 was measured with the limit that a
-# run sets.
-_AHEAD = 0.125
 _LARGEST = "largest array"
 
 
@@ -92,8 +89,8 @@ def _extrapolated(
             more = _sizes_with(facts, config, batch, kinds, {**base, kind: base[kind] + added})
             for part in PARTS:
                 total[part] += (more[part] - sizes[part]) * missing / added
-    step = total["activations"] + total["output layer"]
-    total["other"] += max(_AHEAD * step, sizes[_LARGEST])
+    # The operation at which MLX sees that it has to wait.
+    total["in flight"] = sizes[_LARGEST]
     return {part: round(max(0, size)) for part, size in total.items()}
 
 
