@@ -149,7 +149,8 @@ def test_non_finite_steps_are_skipped_and_then_end_the_run(chat_file, run, monke
 
     def poisoned(model, batch):
         calls.append(1)
-        poison = mx.nan if model.training and len(calls) > 3 else 1.0
+        # Two of the calls compare gradients before the first step.
+        poison = mx.nan if model.training and len(calls) > 5 else 1.0
         return plain_loss_sum(model, batch) * poison
 
     monkeypatch.setattr(loop, "best_loss", lambda *_: (poisoned, None))
@@ -221,6 +222,25 @@ def test_magnitudes_and_b_have_rates_of_their_own(chat_file, tmp_path):
 
 def load_base_again():
     return load_base(models_dir() / "starter").model
+
+
+def test_a_model_that_the_lean_backward_does_not_serve_trains_the_plain_way(
+    tmp_path, chat_file, monkeypatch
+):
+    config = quick(chat_file, steps=2)
+    runs = {}
+    for name, reason in (("lean", None), ("plain", "that of q would be another by 90%")):
+        monkeypatch.setattr(loop, "why_not_lean", lambda *_, reason=reason: reason)
+        if reason is not None:
+            monkeypatch.setattr(loop, "lean_backward", None)
+        finetune(config, RunFolder(tmp_path / name))
+        runs[name] = read_events(tmp_path / name)
+    said = [e["message"] for e in runs["plain"] if e["event"] == "warning"]
+    assert any("the plain way" in message and "90%" in message for message in said)
+    plain, lean = (
+        [e["loss"] for e in runs[name] if e["event"] == "step"] for name in ("plain", "lean")
+    )
+    assert plain == pytest.approx(lean, rel=1e-5)
 
 
 def test_checkpointed_blocks_give_the_same_gradients_in_less_memory(starter):

@@ -6,11 +6,9 @@ selective activation recomputation (arXiv 2205.05198, section 5), by what a bloc
 its architecture. With nothing kept it is gradient checkpointing (arXiv 1604.06174).
 """
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, cast
 
@@ -19,11 +17,6 @@ from mlx.utils import tree_map
 
 Arrays = list[mx.array]
 Compute = Callable[[], Arrays]
-
-# Arrays of fewer bytes than this are sooner kept than traced again, which takes milliseconds.
-_WORTH_TRACING = 1 << 22
-# Calls that may be traced again for an argument.
-_LONGEST_RUN = 8
 
 _LEAF = object()
 
@@ -38,9 +31,9 @@ def recomputed(function: Callable[..., Any], keep: bool = False) -> Callable[...
     of several blocks in memory at a time. Here it begins when the cotangents are there.
 
     Args:
-        function: Arguments and result are trees of arrays and other things.
-        keep: Whether the backward has what is ``kept`` in the function from its forward. Then
-            it also makes large arguments anew that are the results of another such call.
+        function: Arguments and result are trees of arrays and other things. Gradients flow through
+            these alone: not through what it refers to, nor through what it leaves elsewhere.
+        keep: Whether the backward has what is ``kept`` in the function from its forward.
     """
 
     @wraps(function)
@@ -56,7 +49,6 @@ class _Call:
     def __init__(self, function: Callable[..., Any], keep: bool, args: Any, kwargs: Any):
         self._function, self._keep = function, keep
         self._arrays, self._rebuild = flattened([args, kwargs])
-        self._origins = [_origin_of(array) for array in self._arrays]
         self._count = 0
         self._rebuild_result: Callable[[Sequence[mx.array]], Any]
         self._rebuild_kept: Callable[[Sequence[mx.array]], Any]
@@ -65,31 +57,8 @@ class _Call:
         """What the function returns."""
         forward = mx.custom_function(self._forward)
         forward.vjp(self._backward)
-        outputs = cast(Arrays, forward(*self._arrays))
-        results, kept_arrays = outputs[: self._count], outputs[self._count :]
-        run = 1 + max((origin.run for origin in self._origins if origin), default=0)
-        if self._keep and run < _LONGEST_RUN:
-            for index, result in enumerate(results):
-                if result.nbytes >= _WORTH_TRACING:
-                    _remember(result, _Origin(self, kept_arrays, index, run))
+        results = cast(Arrays, forward(*self._arrays))[: self._count]
         return self._rebuild_result(results)
-
-    def _at(self, cotangents: Arrays, arrays: Arrays, kept_arrays: Arrays) -> tuple[Arrays, Arrays]:
-        """Arguments and what was kept, when the backward has come to the cotangents."""
-        pairs = list(zip(arrays, self._origins, strict=True))
-        own = [array for array, origin in pairs if origin is None]
-        left = iter(later([*own, *kept_arrays], *cotangents))
-        inputs = [origin(cotangents) if origin else next(left) for _, origin in pairs]
-        return inputs, list(left)
-
-    def _again(self, arrays: Sequence[mx.array], kept_arrays: Sequence[mx.array]) -> Arrays:
-        """The results, from arguments and what was kept."""
-        with _found(self._rebuild_kept(kept_arrays)) if self._keep else nullcontext():
-            return self._compute(arrays)
-
-    def results_at(self, cotangents: Arrays, kept_arrays: Arrays) -> Arrays:
-        """The results, when the backward has come to the cotangents."""
-        return self._again(*self._at(cotangents, self._arrays, kept_arrays))
 
     def _compute(self, arrays: Sequence[mx.array]) -> Arrays:
         args, kwargs = self._rebuild(arrays)
@@ -105,53 +74,16 @@ class _Call:
 
     def _backward(self, primals: Any, cotangents: Arrays, outputs: Arrays) -> Any:
         inputs = [primals] if isinstance(primals, mx.array) else list(primals)
-        own = cotangents[: self._count]
-        inputs, kept_arrays = self._at(own, inputs, outputs[self._count :])
-        count = len(inputs)
+        own, count = cotangents[: self._count], len(inputs)
+        now = later([*inputs, *outputs[self._count :]], *own)
 
         def again(*arrays: mx.array) -> Arrays:
-            return self._again(arrays[:count], arrays[count:])
+            notes = self._rebuild_kept(arrays[count:])
+            with _found(notes) if self._keep else nullcontext():
+                return self._compute(arrays[:count])
 
-        gradients = gradients_of(again, inputs, own, kept_arrays)
+        gradients = gradients_of(again, now[:count], own, now[count:])
         return tuple(gradients) if count > 1 else gradients[0]
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """How an array came about: one of the results of a call.
-
-    With the products of a transformer block at hand, its result takes two sums to make. So it is
-    kept once in a run of blocks.
-
-    Attributes:
-        call: The call.
-        kept_arrays: What was kept in it.
-        index: Which of its results the array is.
-        run: How many calls it takes to make it, the ones before for an argument included.
-    """
-
-    call: _Call
-    kept_arrays: Arrays
-    index: int
-    run: int
-
-    def __call__(self, cotangents: Arrays) -> mx.array:
-        """The array, when the backward has come to the cotangents."""
-        return self.call.results_at(cotangents, self.kept_arrays)[self.index]
-
-
-# By identity of the array, for as long as the model's code refers to it.
-_origins: dict[int, tuple[weakref.ref[mx.array], _Origin]] = {}
-
-
-def _remember(result: mx.array, origin: _Origin) -> None:
-    key, forget = id(result), _origins.pop
-    _origins[key] = weakref.ref(result, lambda _: forget(key, None)), origin
-
-
-def _origin_of(array: mx.array) -> _Origin | None:
-    known = _origins.get(id(array))
-    return known[1] if known is not None and known[0]() is array else None
 
 
 def kept(compute: Compute) -> Arrays:

@@ -227,10 +227,13 @@ def _prepare(
             f"{data.files.train} has no example to train on: of its {data.reports[0].rows} rows "
             "none that is for training has an answer within --max-seq-length tokens."
         )
+    asked = config.max_seq_length
     config, plan, chosen = _planned(config, train.examples, path, fit_it, ignore_memory)
     # What fits on the leader's machine is done on all.
-    config = TrainConfig.from_dict(workers.share(config.to_dict()))
-    if "max_seq_length" in chosen:
+    told = TrainConfig.from_dict(workers.share(config.to_dict()))
+    if told != config:
+        config, plan, chosen = _planned(told, train.examples, path, ignore_memory=True)
+    if config.max_seq_length != asked:
         data = prepare(config, training_source(config), tokenizer)
         train = data.train
     memory_before = mx.get_active_memory()
@@ -266,7 +269,11 @@ def _prepare(
 
 
 def _planned(
-    config: TrainConfig, examples: Examples, path: Path, fit_it: bool, ignore_memory: bool
+    config: TrainConfig,
+    examples: Examples,
+    path: Path,
+    fit_it: bool = False,
+    ignore_memory: bool = False,
 ) -> tuple[TrainConfig, MemoryPlan, dict[str, Any]]:
     """The options to train with, their plan, and what was changed in them to fit.
 
@@ -359,8 +366,7 @@ def _warnings(prepared: _Prepared, trainer: Trainer) -> list[str]:
     messages: list[str] = []
     if dora_mlx.blas_notice and mx.default_device().type == mx.DeviceType.cpu:
         messages.append(dora_mlx.blas_notice)
-    if trainer.loss_notice:
-        messages.append(trainer.loss_notice)
+    messages += trainer.notices
     messages += data_notices(prepared.data, prepared.config, prepared.packing_refused)
     if not len(prepared.data.valid.examples):
         messages.append("there is nothing to validate on, so the last adapter counts as the best")

@@ -14,17 +14,21 @@ with MLX's own operations.
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import itemgetter
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models import activations, mla, switch_layers
 
+from dora_mlx.data.batches import Batch
 from dora_mlx.kernels.blocked_layers import BlockedQuantizedLinear
 from dora_mlx.kernels.device import on_cpu, planning_for_gpu
 from dora_mlx.kernels.recomputation import dear, gradients_of, kept
+from dora_mlx.layers.dora import hoisted_norms
 from dora_mlx.training import dear_exponentials
 from dora_mlx.training.recomputed_blocks import recomputed_blocks
 from dora_mlx.training.substitutes import standing_in
@@ -39,6 +43,10 @@ _PRODUCTS = (
     switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear,
     mla.MultiLinear, mla.QuantizedMultiLinear,
 )  # fmt: skip
+
+# How far gradients may differ by rounding and by the experts that it chooses, and the share of the
+# whole gradient's norm that tells a parameter's gradient from nothing.
+_AGREEMENT, _NEGLIGIBLE = 0.2, 0.05
 
 _attention = mx.fast.scaled_dot_product_attention
 _swiglu = activations.swiglu
@@ -66,6 +74,45 @@ def lean_backward(model: nn.Module, checkpoint: bool = False) -> Iterator[None]:
             if vars(module).get("swiglu") is _swiglu:
                 stack.enter_context(standing_in(module, {"swiglu": lean_swiglu}))
         yield
+
+
+def why_not_lean(
+    model: nn.Module, loss_sum: Callable[[nn.Module, Batch], mx.array], batch: Batch
+) -> str | None:
+    """What a model's gradients show against ``lean_backward``: they are others with it.
+
+    So they would be if a block left to another what autodiff is to find: gradients flow through
+    arguments and results of blocks alone.
+
+    Args:
+        model: In training, with its adapter.
+        loss_sum: The loss.
+        batch: A small one.
+    """
+
+    def gradients(context: AbstractContextManager[None]) -> dict[str, mx.array]:
+        with hoisted_norms(model), context:
+            found = nn.value_and_grad(model, partial(loss_sum, model))(batch)[1]
+        flat = cast(dict[str, mx.array], tree_flatten(found, destination={}))
+        arrays = {name: array.astype(mx.float32) for name, array in flat.items()}
+        mx.eval(arrays)
+        return arrays
+
+    # Dropout would be another each time.
+    with standing_in(nn.Dropout, {"__call__": lambda _, x: x}):
+        plain, lean = gradients(nullcontext()), gradients(lean_backward(model))
+    norms = {name: mx.linalg.norm(array) for name, array in plain.items()}
+    least = _NEGLIGIBLE * mx.linalg.norm(mx.stack(list(norms.values()))) + mx.finfo(mx.float32).eps
+    errors = {
+        name: mx.linalg.norm(lean[name] - plain[name]) / (norms[name] + least) for name in norms
+    }
+    mx.eval(errors)
+    # Not a number is no agreement either.
+    sizes = {
+        name: cast(float, mx.nan_to_num(e, nan=float("inf")).item()) for name, e in errors.items()
+    }
+    name, error = max(sizes.items(), key=itemgetter(1))
+    return None if error <= _AGREEMENT else f"that of {name} would be another by {error:.0%}"
 
 
 def _dear_call(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -139,11 +186,13 @@ def lean_attention(
         queries: ``[batch, heads, length, head_dim]``.
         keys: ``[batch, key_heads, key_length, head_dim]``.
         values: ``[batch, key_heads, key_length, value_dim]``.
-        mask: ``None``, ``"causal"``, or an array ``[..., length or 1, key_length]``.
-        sinks: As for the original, which then runs as it is.
+        mask: ``None``, ``"causal"``, or booleans ``[..., length or 1, key_length]``.
+        sinks: As for the original, which runs as it is with these, and with a mask that is to be
+            added: it may have a gradient, as that of multi-head latent attention has.
         **options: As for the original.
     """
-    if sinks is not None:
+    added = isinstance(mask, mx.array) and mask.dtype != mx.bool_
+    if sinks is not None or added:
         return _attention(queries, keys, values, mask=mask, sinks=sinks, **options)
 
     attend, attend_backward = _attention_with(queries, options)

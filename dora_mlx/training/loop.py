@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from dora_mlx.errors import UserError
 from dora_mlx.layers.dora import hoisted_norms
 from dora_mlx.training.checkpoints import Checkpoint, Progress, save_checkpoint
 from dora_mlx.training.events import EventLog
-from dora_mlx.training.lean_backward import lean_backward
-from dora_mlx.training.loss import best_loss
+from dora_mlx.training.lean_backward import lean_backward, why_not_lean
+from dora_mlx.training.loss import best_loss, excerpt
 from dora_mlx.training.optimizer import GroupedOptimizer
 from dora_mlx.training.schedule import learning_rate_at
 from dora_mlx.training.workers import Workers
@@ -69,8 +69,15 @@ class Trainer:
             self.config.magnitude_lr_ratio,
             self.config.lora_b_lr_ratio,
         )
-        smallest = make_batch(sorted(self.batches.examples, key=len)[:2])
-        self._loss_sum, self.loss_notice = best_loss(self.model, smallest)
+        smallest = excerpt(make_batch(sorted(self.batches.examples, key=len)[:2]))
+        self._loss_sum, loss_notice = best_loss(self.model, smallest)
+        self.model.train()
+        self._not_lean = why_not_lean(self.model, self._loss_sum, smallest)
+        lean_notice = self._not_lean and (
+            "gradients are computed the plain way, which takes more memory than was planned: "
+            f"where blocks are computed again, {self._not_lean}"
+        )
+        self.notices = [notice for notice in (loss_notice, lean_notice) if notice]
         # With the model as an argument, MLX would take its frozen weights for variables as well.
         self._loss_and_gradients = nn.value_and_grad(
             self.model, partial(self._loss_sum, self.model)
@@ -224,9 +231,11 @@ class Trainer:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """What surrounds the passes of a step."""
-        checkpoint = self.config.grad_checkpoint is True
+        lean: AbstractContextManager[None] = nullcontext()
+        if self._not_lean is None:
+            lean = lean_backward(self.model, self.config.grad_checkpoint is True)
         # The norms depend on parameters that do not change before the update.
-        with hoisted_norms(self.model), lean_backward(self.model, checkpoint):
+        with hoisted_norms(self.model), lean:
             yield
 
     def _skip(self, step: int) -> int:

@@ -5,6 +5,7 @@ logits of a sequence: only positions with a trained token reach the output layer
 time, and each chunk's gradient is taken while its logits are there.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -75,7 +76,7 @@ def best_loss(model: nn.Module, batch: Batch) -> tuple[LossSum, str | None]:
     """The chunked loss if it is proven equal on some of ``batch``, else the plain one and why."""
     reason = why_not_chunked(model)
     if reason is None:
-        batch = _excerpt(batch)
+        batch = excerpt(batch)
         with _evaluating(model):
             plain, chunked = plain_loss_sum(model, batch), ChunkedLoss()(model, batch)
         difference = abs(cast(float, (plain - chunked).item()))
@@ -85,7 +86,7 @@ def best_loss(model: nn.Module, batch: Batch) -> tuple[LossSum, str | None]:
     return plain_loss_sum, f"the output layer is not computed in chunks: {reason}"
 
 
-def _excerpt(batch: Batch) -> Batch:
+def excerpt(batch: Batch) -> Batch:
     """The first rows of ``batch``, around their first trained token."""
     rows = batch.weights[:_PROOF_ROWS]
     first = int(np.flatnonzero(rows.any(axis=0))[0]) if rows.any() else 0
@@ -100,6 +101,10 @@ def why_not_chunked(model: nn.Module) -> str | None:
     body = model.get("model")
     if not isinstance(body, nn.Module):
         return "the model has no body named 'model'"
+    try:
+        inspect.signature(body.__call__).bind(None)
+    except TypeError:
+        return "its body takes more than tokens"
     outside = {k: v for k, v in model.children().items() if k != "model"}
     head_trains = any(nn.Module.trainable_parameters(m) for m in _modules(outside))
     embedding = body.get("embed_tokens")

@@ -121,12 +121,14 @@ def plan_for(
     """
     machine = Machine.here() if machine is None else machine
     config = as_begun(config, facts)
-    open_to = [False, True] if config.grad_checkpoint is None else [config.grad_checkpoint]
-    for checkpoint in open_to:
-        config = replace(config, grad_checkpoint=checkpoint)
-        plan = _plan(config, facts, examples, machine)
-        if plan.verdict == "fits":
-            return plan
+    plans = []
+    for candidate in _decided(config):
+        plans.append(_plan(candidate, facts, examples, machine))
+        if plans[-1].verdict == "fits":
+            return plans[-1]
+    # What just fits as it is stays so, and of what does not fit the least is told.
+    plan = next((plan for plan in plans if plan.verdict == "tight"), plans[-1])
+    config = replace(config, grad_checkpoint=plan.grad_checkpoint)
     return replace(plan, advice=tuple(_advice(plan, config, facts, examples, machine)))
 
 
@@ -246,10 +248,18 @@ def _cut(examples: Examples | None, config: TrainConfig) -> Examples | None:
     return Examples(empty, empty.astype(bool), np.zeros(len(lengths), np.int64), lengths, targets)
 
 
+def _decided(config: TrainConfig) -> Iterator[TrainConfig]:
+    """Options that say whether to checkpoint, what is faster first where they leave it open."""
+    open_to = [False, True] if config.grad_checkpoint is None else [config.grad_checkpoint]
+    return (replace(config, grad_checkpoint=checkpoint) for checkpoint in open_to)
+
+
 def _candidates(config: TrainConfig) -> Iterator[TrainConfig]:
     """Options in the order in which ``fit`` tries them, those as they are first."""
     rows_in_all = config.batch_size * config.grad_accumulation_steps
     batches = [n for n in range(config.batch_size, 0, -1) if rows_in_all % n == 0]
+    if config.grad_checkpoint is None:
+        yield from _decided(config)
     for checkpoint in [True] if config.grad_checkpoint else [False, True]:
         for rows in batches:
             smallest = replace(
