@@ -19,12 +19,12 @@ def bar(plan: MemoryPlan) -> str:
     scale = max(plan.peak, plan.limit, 1)
     parts = [(name, size) for name, size in plan.parts.items() if size > 0]
     pieces = "".join(
-        f'<i style="width:{100 * size / scale:.2f}%;--key:var(--series-{number % 6 + 1})" '
+        f'<i style="width:{100 * size / scale:.2f}%;--key:var(--series-{number % 8 + 1})" '
         f'title="{html.escape(name)} {gigabytes(size)}"></i>'
         for number, (name, size) in enumerate(parts)
     )
     keys = "".join(
-        f'<li><i style="--key:var(--series-{number % 6 + 1})"></i>{html.escape(name)} '
+        f'<li><i style="--key:var(--series-{number % 8 + 1})"></i>{html.escape(name)} '
         f"<b>{gigabytes(size)}</b></li>"
         for number, (name, size) in enumerate(parts)
     )
