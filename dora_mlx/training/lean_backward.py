@@ -166,7 +166,7 @@ def _swiglu_backward(
     return d * x * (sigmoid + silu * (1 - sigmoid)), d * silu
 
 
-@mx.compile
+@partial(mx.compile, shapeless=True)
 def _fused_swiglu_backward(gate: mx.array, x: mx.array, d: mx.array) -> tuple[mx.array, mx.array]:
     return _swiglu_backward(gate, x, d, mx.sigmoid(gate))
 
