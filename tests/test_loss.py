@@ -148,6 +148,17 @@ def test_trained_head_falls_back_with_the_reason():
     assert "it is trained itself" in reason
 
 
+def test_body_that_takes_more_than_tokens_has_its_plain_loss():
+    phi = import_module("mlx_lm.models.phi")
+    values = {"model_type": "phi", **SIZES, "num_key_value_heads": 4, "layer_norm_eps": 1e-5}
+    model = phi.Model(phi.ModelArgs.from_dict({**values, "partial_rotary_factor": 0.5}))
+    attach(model, "dora", rank=4)
+    loss, reason = best_loss(model, random_batch())
+    assert loss is plain_loss_sum
+    assert "takes more than tokens" in reason
+    assert loss_and_gradients(model, loss, random_batch())[0] > 0
+
+
 def test_head_that_is_not_understood_falls_back_with_the_reason():
     loss, reason = best_loss(Odd(), random_batch())
     assert loss is plain_loss_sum
