@@ -115,7 +115,7 @@ class TrainConfig:
     )
     method: Literal["dora", "lora", "full"] = knob(
         "dora",
-        "What is trained: DoRA (magnitude and direction), LoRA, or all weights of the blocks "
+        "What is trained: DoRA (magnitude and direction), LoRA, or all weights of the model "
         "(full; a quantized model is dequantized first).",
     )
     init_adapter: str | None = knob(
@@ -219,7 +219,7 @@ class TrainConfig:
     grad_checkpoint: bool | None = knob(
         None,
         "Recompute every transformer block in the backward: far less memory for a third more "
-        "time. Default: on where the run does not fit into memory without it.",
+        "time. Default: on where the run would take more than nine tenths of the memory without.",
         advanced=True,
         on_resume=True,
     )

@@ -135,7 +135,7 @@ class RunFolder:
         Raises:
             UserError: If the run exists and ``overwrite`` is not set, or cannot be made here.
         """
-        replaced = self.path.with_name(f".{self.name}.replaced")
+        self.recover()
         if self.path.exists():
             if not overwrite:
                 raise UserError(
@@ -143,8 +143,8 @@ class RunFolder:
                     "replace it by --overwrite, or choose another --run name."
                 )
             with self.lock():
-                shutil.rmtree(replaced, ignore_errors=True)
-                self.path.rename(replaced)
+                shutil.rmtree(self._replaced, ignore_errors=True)
+                self.path.rename(self._replaced)
         first_run = not self.path.parent.exists()
         try:
             self.path.mkdir(parents=True)
@@ -154,15 +154,31 @@ class RunFolder:
                 "Choose another place by --runs-dir."
             ) from error
         try:
-            yield
+            # What is not held and has no options yet is abandoned.
+            with self.lock():
+                yield
         except BaseException:
             shutil.rmtree(self.path)
-            if replaced.exists():
-                replaced.rename(self.path)
+            if self._replaced.exists():
+                self._replaced.rename(self.path)
             if first_run:
                 self.path.parent.rmdir()
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def recover(self) -> None:
+        """Put things back as they were before a process was killed in the midst of ``creating``."""
+        if self.path.is_dir() and not {entry.name for entry in self.path.iterdir()} - {"lock"}:
+            if self.holder() is not None:
+                return
+            shutil.rmtree(self.path)
+        if self._replaced.exists() and not self.path.exists():
+            self._replaced.rename(self.path)
+
+    @property
+    def _replaced(self) -> Path:
+        """Where a run is while the one that replaces it is made."""
+        return self.path.with_name(f".{self.name}.replaced")
 
 
 def is_run_name(name: str) -> bool:
@@ -248,10 +264,12 @@ def find_run(name: str, runs_dir: Path) -> RunFolder:
     Raises:
         UserError: If there is none; the message names those there are.
     """
-    path = runs_dir / name
-    if is_run_name(name) and (path / "config.json").is_file():
-        return RunFolder(path)
-    runs = sorted((p.parent for p in runs_dir.glob("*/config.json")), key=_age)
+    folder = RunFolder(runs_dir / name)
+    if is_run_name(name):
+        folder.recover()
+        if folder.config_file.is_file():
+            return folder
+    runs = sorted((p.parent for p in runs_dir.glob("[!.]*/config.json")), key=_age)
     known = ", ".join(run.name for run in runs[:8])
     there = f"The newest there are: {known}." if known else "There are none; train one first."
     raise UserError(f"There is no run {name!r} in {runs_dir}. {there}")

@@ -15,6 +15,7 @@ from dora_mlx.adapters.trained import load_run
 from dora_mlx.config import TrainConfig
 from dora_mlx.errors import UserError
 from dora_mlx.run_folder import RunFolder
+from dora_mlx.training import finetune as story
 from dora_mlx.training.checkpoints import load_newest_checkpoint
 from dora_mlx.training.events import read_events
 from dora_mlx.training.finetune import finetune
@@ -270,3 +271,17 @@ def test_signals_pause_and_go_on_and_a_paused_run_is_saved(chat_file, run, monke
     assert len(losses(run)) == 4
     warnings = [e["message"] for e in read_events(run.path) if e["event"] == "warning"]
     assert sum("paused until" in message for message in warnings) == 1
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_full_disk_says_what_is_kept_and_how_to_go_on(tmp_path, saved):
+    folder = RunFolder(tmp_path / "elsewhere" / "r")
+    folder.checkpoints_dir.mkdir(parents=True)
+    if saved:
+        (folder.checkpoints_dir / "step_00000001").mkdir()
+    with pytest.raises(UserError) as caught, story._saying_how_to_go_on(folder):
+        raise OSError(28, "No space left on device", str(folder.path / "x"))
+    message = str(caught.value)
+    assert f"--resume r --runs-dir {tmp_path / 'elsewhere'}" in message
+    assert ("last checkpoint is kept" in message) == saved
+    assert ("no step was saved yet" in message) != saved

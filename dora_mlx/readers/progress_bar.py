@@ -154,6 +154,8 @@ def _memory_line(plan: dict[str, Any] | None) -> str:
     if plan is None:
         return ""
     peak, limit = ((plan["calibrated_peak"] or plan["peak"]) / 1e9, plan["limit"] / 1e9)
-    line = f"\nmemory: {peak:.2f} GB of {limit:.1f} GB planned, {plan['verdict']}"
+    line = f"\nmemory: {peak:.2f} GB planned of {limit:.1f} GB, {plan['verdict']}"
+    if plan.get("grad_checkpoint"):
+        line += ", with gradient checkpointing"
     chosen = [f"{flag_of(name)} {value}" for name, value in plan["chosen"].items()]
     return line + (f"; chosen to fit: {' '.join(chosen)}" if chosen else "")

@@ -24,7 +24,7 @@ from dora_mlx.errors import UserError
 from dora_mlx.kernels.frozen_weight import parameter_count
 from dora_mlx.loading import LoadedModel, fingerprint, load_base, load_tokenizer
 from dora_mlx.registry import resolve
-from dora_mlx.run_folder import RunFolder, checkpoints_newest_first
+from dora_mlx.run_folder import DEFAULT_RUNS_DIR, RunFolder, checkpoints_newest_first
 from dora_mlx.skeleton import find_facts
 from dora_mlx.training.beginning import attach_as_told, changes_since, restore_newest
 from dora_mlx.training.checkpoints import check_space
@@ -111,9 +111,7 @@ def finetune(
             with folder.creating(overwrite) if workers.leads else nullcontext():
                 prepared = _prepare(config, workers, fit, ignore_memory)
                 if workers.leads:
-                    arrays = trainable_arrays(prepared.base.model).values()
-                    size = sum(array.nbytes for array in arrays)
-                    check_space(folder.path, size, config.keep_checkpoints)
+                    check_space(folder.path, _trained_bytes(prepared), config.keep_checkpoints)
                     folder.write_config(prepared.description)
             changes = []
             if workers.leads:
@@ -128,6 +126,10 @@ def finetune(
             folder.write_config(prepared.description)
         trainer.agree()
         return _train(trainer, prepared, resume, changes, should_stop)
+
+
+def _trained_bytes(prepared: _Prepared) -> int:
+    return sum(array.nbytes for array in trainable_arrays(prepared.base.model).values())
 
 
 def _train(
@@ -165,9 +167,12 @@ def _saying_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         problem = file_problem(error)
         if problem is None:
             raise
+        runs = folder.path.parent
+        where = "" if runs == Path(DEFAULT_RUNS_DIR) else f" --runs-dir {runs}"
+        kept = checkpoints_newest_first(folder.checkpoints_dir)
+        what = "everything up to the last checkpoint is kept" if kept else "no step was saved yet"
         raise UserError(
-            f"{problem}. Mend that and go on by --resume {folder.name}: everything up to the last "
-            "checkpoint is kept."
+            f"{problem}. Mend that and go on by --resume {folder.name}{where}: {what}."
         ) from error
 
 

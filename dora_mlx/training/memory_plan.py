@@ -117,7 +117,7 @@ def plan_for(
     """The plan for known examples; ``None``: rows of ``max_seq_length`` tokens, all trained.
 
     Where the options leave checkpointing open, the plan decides: it takes a third more time, so
-    only what does not fit without it has it.
+    only what would be tight or not fit without it has it.
     """
     machine = Machine.here() if machine is None else machine
     config = as_begun(config, facts)
@@ -126,7 +126,7 @@ def plan_for(
         plans.append(_plan(candidate, facts, examples, machine))
         if plans[-1].verdict == "fits":
             return plans[-1]
-    # What just fits as it is stays so, and of what does not fit the least is told.
+    # Where both are tight it wins nothing, and of what does not fit the least is told.
     plan = next((plan for plan in plans if plan.verdict == "tight"), plans[-1])
     config = replace(config, grad_checkpoint=plan.grad_checkpoint)
     return replace(plan, advice=tuple(_advice(plan, config, facts, examples, machine)))
