@@ -49,7 +49,11 @@ class TensorBoard:
         # Points behind the checkpoint are drawn again.
         purge = None if resumed_from is None else resumed_from + 1
         folder = str(run.path / "tensorboard")
-        self._writer = SummaryWriter(folder, purge_step=purge, write_to_disk=True)
+        # Files are named by the second; one that is resumed in the same would replace the other.
+        suffix = f".{resumed_from or 0}"
+        self._writer = SummaryWriter(
+            folder, purge_step=purge, write_to_disk=True, filename_suffix=suffix
+        )
 
     def draw(self, step: int, values: dict[str, float]) -> None:
         """As ``Writer``."""
