@@ -168,11 +168,13 @@ class RunFolder:
 
     def recover(self) -> None:
         """Put things back as they were before a process was killed in the midst of ``creating``."""
-        if self.path.is_dir() and not {entry.name for entry in self.path.iterdir()} - {"lock"}:
-            if self.holder() is not None:
-                return
-            shutil.rmtree(self.path)
-        if self._replaced.exists() and not self.path.exists():
+        if not self.path.is_dir() or {entry.name for entry in self.path.iterdir()} != {"lock"}:
+            return
+        # Whoever makes the folder now has not written its process id yet, or holds the lock.
+        if not (self.path / "lock").read_text(encoding="utf-8") or self.holder() is not None:
+            return
+        shutil.rmtree(self.path)
+        if self._replaced.exists():
             self._replaced.rename(self.path)
 
     @property

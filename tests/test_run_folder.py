@@ -36,6 +36,16 @@ def test_the_name_of_an_abandoned_run_is_free(tmp_path):
     assert folder.read_config() == {"options": {}}
 
 
+@pytest.mark.parametrize("lock", [None, ""])
+def test_a_folder_that_is_being_made_this_moment_is_left_alone(tmp_path, lock):
+    (tmp_path / "zz").mkdir()
+    if lock is not None:
+        (tmp_path / "zz" / "lock").write_text(lock)
+    with pytest.raises(UserError, match="There is no run 'zz'"):
+        find_run("zz", tmp_path)
+    assert (tmp_path / "zz").is_dir()
+
+
 def test_a_run_in_preparation_is_nobody_elses(tmp_path):
     folder = RunFolder(tmp_path / "zz")
     with folder.creating(overwrite=False):

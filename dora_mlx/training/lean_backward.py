@@ -130,7 +130,7 @@ def _dear_call(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def lean_swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """``silu(gate) * x``, with a backward in as few passes over memory.
+    """``silu(gate) * x``; result and gradient share a sigmoid on a CPU, elsewhere each is fused.
 
     Args:
         gate: Of any shape.
