@@ -224,6 +224,20 @@ def load_base_again():
     return load_base(models_dir() / "starter").model
 
 
+def test_a_run_holds_its_trained_weights_once(tmp_path, chat_file):
+    held, before = [], mx.get_active_memory()
+
+    def listen(event):
+        if event["event"] == "step":
+            held.append(mx.get_active_memory() - before)
+
+    config = quick(chat_file, method="full", num_layers=None, steps=3, steps_per_eval=9)
+    finetune(config, RunFolder(tmp_path / "r"), listener=listen)
+    weights = 4 * 4_066_560
+    # The weights, two moments of each, and at the time of the event the gradients.
+    assert held[-1] < 4.3 * weights
+
+
 def test_a_model_that_the_lean_backward_does_not_serve_trains_the_plain_way(
     tmp_path, chat_file, monkeypatch
 ):
